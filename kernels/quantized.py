@@ -1,0 +1,68 @@
+"""A module's delta in quantized form: integer codes with their scales and zero points, not yet packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+MAX_BITS = 8
+
+
+@dataclass
+class QuantizedFactors:
+    """dW[rows, cols] ~= diag(row_scale) . sum_i scale_i (u_i - u_zero_i) (v_i - v_zero_i)^T.
+
+    One entry of each vector per *direction* i (a singular direction: row of V, column of U). The
+    singular value is folded into ``scale``, and so are the grids' scales of V and U: at run time
+    only their product is ever used. Directions with zero bits are not held at all.
+    """
+
+    v_codes: torch.Tensor  # uint8 [directions, cols], each below 2**v_bits
+    u_codes: torch.Tensor  # uint8 [directions, rows], each below 2**u_bits
+    v_bits: torch.Tensor  # uint8 [directions], 1 to 8
+    u_bits: torch.Tensor  # uint8 [directions], 1 to 8
+    scale: torch.Tensor  # float32 [directions]
+    v_zero: torch.Tensor  # float16 [directions], may be fractional
+    u_zero: torch.Tensor  # float16 [directions]
+    row_scale: torch.Tensor | None = field(default=None)  # float16 [rows]
+
+    @property
+    def directions(self) -> int:
+        return self.scale.numel()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols) of dW."""
+        return self.u_codes.shape[1], self.v_codes.shape[1]
+
+    def v(self) -> torch.Tensor:
+        """float32 [directions, cols]: codes less zero points; the scale is not applied."""
+        return self.v_codes.float() - self.v_zero.float()[:, None]
+
+    def u(self) -> torch.Tensor:
+        """float32 [directions, rows]: codes less zero points; the scale is not applied."""
+        return self.u_codes.float() - self.u_zero.float()[:, None]
+
+    def dense(self) -> torch.Tensor:
+        """float32 [rows, cols]: the dequantized dW."""
+        weight = (self.u() * self.scale[:, None]).T @ self.v()
+        return weight if self.row_scale is None else weight * self.row_scale.float()[:, None]
+
+
+@dataclass
+class QuantizedMatrix:
+    """dW[rows, cols] ~= scale[rows] * (codes - zero[rows]): a module without SVD, one width for all rows."""
+
+    codes: torch.Tensor  # uint8 [rows, cols], each below 2**bits
+    bits: int  # 1 to 8
+    scale: torch.Tensor  # float32 [rows]
+    zero: torch.Tensor  # float16 [rows]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dense(self) -> torch.Tensor:
+        """float32 [rows, cols]."""
+        return (self.codes.float() - self.zero.float()[:, None]) * self.scale[:, None]

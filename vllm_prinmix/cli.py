@@ -1,0 +1,204 @@
+"""The `prinmix` command. What is heavy is imported inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vllm_prinmix import __version__
+from vllm_prinmix.errors import PrinMixError
+
+app = typer.Typer(
+    name="prinmix",
+    help="Compress full fine-tunes of one base model into small deltas that vLLM serves.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+BaseOption = Annotated[
+    str, typer.Option("--base", help="The base model: a checkpoint folder or a cached hub id.")
+]
+DeltaArgument = Annotated[Path, typer.Argument(help="A delta folder.")]
+
+
+def main() -> None:
+    """The console script: a PrinMixError is one message on stderr and exit code 1."""
+    try:
+        app()
+    except PrinMixError as error:
+        Console(stderr=True).print(
+            f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True
+        )
+        sys.exit(1)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"prinmix {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def compress(
+    base: BaseOption,
+    finetuned: Annotated[
+        str, typer.Option(help="The fine-tuned model: a checkpoint folder or a cached hub id.")
+    ],
+    out: Annotated[Path, typer.Option(help="The delta folder to make.")],
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Required. Texts as the fine-tune's users write them: .txt (one sample a line), .jsonl "
+            "(field `text`), a folder of these, or a Hugging Face dataset."
+        ),
+    ] = None,
+    ratio: Annotated[
+        str, typer.Option(help="Upper limit: bytes of the linear layers / 2 bytes per weight.")
+    ] = "1/16",
+    embedding_ratio: Annotated[str, typer.Option(help="The same for embedding and lm_head.")] = "1/4",
+    bits: Annotated[str, typer.Option(help="Candidate bit-widths of a direction.")] = "0,2,3,4,5,6,7,8",
+    max_active_bits: Annotated[int, typer.Option(help="At most this many different widths per module.")] = 4,
+    method: Annotated[str, typer.Option(help="prinmix-paper.")] = "prinmix-paper",
+    samples: Annotated[int, typer.Option(help="Calibration samples, drawn without replacement.")] = 128,
+    sequence_length: Annotated[
+        int, typer.Option(help="Longer samples give a random window of this length.")
+    ] = 2048,
+    solver: Annotated[str, typer.Option(help="Of the bit allocation (Eq. 8): scip or exact.")] = "scip",
+    seed: Annotated[int, typer.Option(help="Of the choice of samples and windows.")] = 0,
+    device: Annotated[str, typer.Option(help="auto: cuda where there is one, else cpu.")] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output where it exists.")
+    ] = False,
+) -> None:
+    """Compress a fine-tune into a delta. Interrupted, the same command goes on where it stopped."""
+    from vllm_prinmix.compress import inspection
+    from vllm_prinmix.compress.methods import Method, Recipe, Solver
+    from vllm_prinmix.compress.prepare import Options
+    from vllm_prinmix.compress.run import compress as run
+
+    options = Options(
+        base=base,
+        finetuned=finetuned,
+        out=out,
+        calibration=calibration,
+        recipe=Recipe(
+            method=_choice("--method", method, Method),
+            bits=_bits(bits),
+            max_active_bits=max_active_bits,
+            solver=_choice("--solver", solver, Solver),
+        ),
+        ratio=_fraction("--ratio", ratio),
+        embedding_ratio=_fraction("--embedding-ratio", embedding_ratio),
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        device=device,
+        overwrite=overwrite,
+    )
+    console = Console(stderr=True)
+    try:
+        run(options, console)
+    except KeyboardInterrupt:
+        console.print(
+            "interrupted; the same command goes on from the modules that are finished", style="bold"
+        )
+        raise typer.Exit(130) from None
+    inspection.show(inspection.describe(out), Console())
+
+
+@app.command("inspect")
+def inspect_(
+    delta: DeltaArgument, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False
+) -> None:
+    """Show what a delta holds: ratios, bit classes and errors of every module."""
+    from vllm_prinmix.compress import inspection
+
+    description = inspection.describe(delta)
+    if as_json:
+        typer.echo(json.dumps(description, indent=1))
+    else:
+        inspection.show(description, Console())
+
+
+@app.command()
+def verify(
+    delta: DeltaArgument,
+    base: BaseOption,
+    finetuned: Annotated[str | None, typer.Option(help="Measure the errors against it again.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Check all bytes of a delta and its base, decode every tensor, measure errors again."""
+    from vllm_prinmix.compress import verify as module
+
+    entries = module.verify(delta, base, finetuned, Console(stderr=True))
+    if as_json:
+        typer.echo(json.dumps(entries, indent=1))
+    else:
+        module.show(entries, Console())
+        typer.echo(f"{delta}: all is well, {len(entries)} tensors checked")
+
+
+@app.command()
+def merge(
+    base: BaseOption,
+    delta: Annotated[Path, typer.Option(help="A delta folder.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint folder to make.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output where it exists.")
+    ] = False,
+) -> None:
+    """Write base + delta as an ordinary Hugging Face checkpoint."""
+    dtypes = ("float32", "bfloat16", "float16")
+    if dtype is not None and dtype not in dtypes:
+        raise PrinMixError("unknown dtype", where="--dtype", found=dtype, expected=", ".join(dtypes))
+    from vllm_prinmix.compress.merge import merge as run
+
+    run(base, delta, out, dtype, overwrite, Console(stderr=True))
+
+
+def _fraction(option: str, text: str) -> Fraction:
+    try:
+        return Fraction(text.strip())
+    except (ValueError, ZeroDivisionError):
+        raise PrinMixError(
+            "the ratio is not a number",
+            where=option,
+            found=text,
+            expected="a fraction such as 1/16 or 0.0625",
+        ) from None
+
+
+def _bits(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise PrinMixError(
+            "the bit-widths cannot be read", where="--bits", found=text, expected="numbers such as 0,2,3,4"
+        ) from None
+
+
+def _choice(option: str, text: str, choices):
+    try:
+        return choices(text)
+    except ValueError:
+        expected = ", ".join(choice.value for choice in choices)
+        raise PrinMixError("unknown choice", where=option, found=text, expected=expected) from None

@@ -1,0 +1,1 @@
+"""The delta on disk (docs/format.md): the only thing that the compressor and the plugin share."""

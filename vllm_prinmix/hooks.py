@@ -1,0 +1,191 @@
+"""The hooks into vLLM, each one a wrapper that passes straight through unless PrinMix is on.
+
+Where a hook sits and why: options are folded into ``additional_config`` because only native fields survive
+the way into the API servers' child processes; `create_engine_config` turns them into a PrinMixConfig, which
+then reaches every process inside VllmConfig.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from types import ModuleType
+from typing import Any
+
+from vllm_prinmix import options
+from vllm_prinmix.compat import check, on_import, resolve
+from vllm_prinmix.errors import PrinMixError
+
+
+def install() -> None:
+    """Patch what is imported already and arrange for the rest."""
+    _allow_amx()
+    on_import("vllm.engine.arg_utils", _patch_arguments)
+    on_import("vllm.v1.executor.abstract", _patch_executor)
+    on_import("vllm.v1.worker.lora_model_runner_mixin", _patch_worker)
+    on_import("vllm.entrypoints.openai.models.serving", _patch_models)
+    on_import("vllm.v1.engine.async_llm", _patch_errors)
+
+
+def is_on(vllm_config: Any) -> bool:
+    """Whether this configuration serves deltas."""
+    lora = getattr(vllm_config, "lora_config", None)
+    return lora is not None and hasattr(lora, "tenants")
+
+
+def _allow_amx() -> None:
+    """On CPUs with AMX, bf16 kernels die of an illegal instruction unless permission was asked for."""
+    import torch
+
+    if resolve("current_platform").is_cpu() and hasattr(torch.cpu, "_init_amx"):
+        torch.cpu._init_amx()
+
+
+def _patch_arguments(module: ModuleType) -> None:
+    engine_args = module.EngineArgs
+    add_cli_args, create_engine_config = engine_args.add_cli_args, engine_args.create_engine_config
+
+    @functools.wraps(add_cli_args)
+    def add_cli_args_with_prinmix(parser: Any) -> Any:
+        parser = add_cli_args(parser)
+        options.add_arguments(parser)
+        parse_known_args = parser.parse_known_args
+
+        def parse_and_fold(*args: Any, **kwargs: Any) -> Any:
+            namespace, rest = parse_known_args(*args, **kwargs)
+            try:
+                chosen = options.from_namespace(namespace)
+            except PrinMixError as error:
+                parser.error(str(error))
+            if chosen is not None:
+                namespace.additional_config = {
+                    **(namespace.additional_config or {}),
+                    options.KEY: chosen.to_mapping(),
+                }
+            return namespace, rest
+
+        parser.parse_known_args = parse_and_fold
+        return parser
+
+    @functools.wraps(create_engine_config)
+    def create_engine_config_with_prinmix(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = self.additional_config
+        if not isinstance(given, dict) or options.KEY not in given:
+            return create_engine_config(self, *args, **kwargs)
+        chosen = options.Options.from_mapping(given[options.KEY])
+        check()
+        if self.enable_lora:
+            raise PrinMixError("--enable-lora cannot be combined with --enable-prinmix yet", fix="drop one")
+        # Left in, the path would become part of the compilation cache's key.
+        self.additional_config = {k: v for k, v in given.items() if k != options.KEY}
+        self.enable_lora = True
+        self.max_loras, self.max_cpu_loras = chosen.max_deltas, chosen.host_capacity
+        try:
+            vllm_config = create_engine_config(self, *args, **kwargs)
+        finally:
+            self.additional_config, self.enable_lora = given, False
+        from vllm_prinmix import config
+
+        config.install(vllm_config, chosen)
+        return vllm_config
+
+    engine_args.add_cli_args = staticmethod(add_cli_args_with_prinmix)
+    engine_args.create_engine_config = create_engine_config_with_prinmix
+
+
+def _patch_executor(module: ModuleType) -> None:
+    init = module.Executor.__init__
+
+    @functools.wraps(init)
+    def init_and_record(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        if is_on(vllm_config):
+            from vllm_prinmix.scheduler import record_executor
+
+            record_executor(self)
+        init(self, vllm_config, *args, **kwargs)
+
+    module.Executor.__init__ = init_and_record
+
+
+def _patch_worker(module: ModuleType) -> None:
+    mixin = module.LoRAModelRunnerMixin
+    load_lora_model = mixin.load_lora_model
+
+    @functools.wraps(load_lora_model)
+    def load_deltas_instead(self: Any, model: Any, vllm_config: Any, device: Any) -> Any:
+        if not is_on(vllm_config):
+            return load_lora_model(self, model, vllm_config, device)
+        from vllm_prinmix.manager import DeltaManager
+
+        _patch_prompt_logprobs()
+        tied = bool(getattr(vllm_config.model_config.hf_text_config, "tie_word_embeddings", False))
+        self.lora_manager = DeltaManager(model, vllm_config.lora_config.max_loras, tied, device)
+        return model
+
+    mixin.load_lora_model = load_deltas_instead
+
+
+# Functions of the two model runners that compute logits for prompt tokens: (module, class, functions).
+PROMPT_LOGPROBS = (
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", ("_get_prompt_logprobs_dict",)),
+    (
+        "vllm.v1.worker.gpu.sample.prompt_logprob",
+        "PromptLogprobsWorker",
+        ("compute_prompt_logprobs", "compute_prompt_token_id_logprobs"),
+    ),
+)
+
+
+@functools.cache
+def _patch_prompt_logprobs() -> None:
+    """The head's rows are token rows there, not sampled ones. A runner's module is loaded by now, if used."""
+    from vllm_prinmix.manager import with_prompt_rows
+
+    for module, owner, functions in PROMPT_LOGPROBS:
+        if module in sys.modules:
+            cls = getattr(sys.modules[module], owner)
+            for name in functions:
+                setattr(cls, name, with_prompt_rows(getattr(cls, name)))
+
+
+def _patch_models(module: ModuleType) -> None:
+    models = module.OpenAIServingModels
+    init = models.__init__
+
+    @functools.wraps(init)
+    def init_with_tenants(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, engine_client, *args, **kwargs)
+        if is_on(engine_client.vllm_config):
+            for tenant in engine_client.vllm_config.lora_config.tenants:
+                self.lora_requests[tenant.name] = lora_request(tenant, self.base_model_paths[0].name)
+
+    models.__init__ = init_with_tenants
+
+
+def _patch_errors(module: ModuleType) -> None:
+    """The scheduler sends a failed tenant's reason as stop_reason; here it becomes the HTTP error's text."""
+    engine = module.AsyncLLM
+    generate = engine.generate
+
+    async def explain(results: Any) -> Any:
+        async with contextlib.aclosing(results):
+            async for output in results:
+                for completion in output.outputs:
+                    if completion.finish_reason == "error" and completion.stop_reason:
+                        raise resolve("GenerationError")(str(completion.stop_reason))
+                yield output
+
+    @functools.wraps(generate)
+    def generate_or_explain(self: Any, *args: Any, **kwargs: Any) -> Any:
+        results = generate(self, *args, **kwargs)
+        return explain(results) if is_on(self.vllm_config) else results
+
+    engine.generate = generate_or_explain
+
+
+def lora_request(tenant: Any, base: str) -> Any:
+    """The LoRARequest by which vLLM carries a tenant."""
+    return resolve("LoRARequest")(
+        lora_name=tenant.name, lora_int_id=tenant.id, lora_path=tenant.path, base_model_name=base
+    )

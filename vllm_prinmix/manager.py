@@ -1,0 +1,184 @@
+"""The worker's side: deltas in host memory, tenants in slots, and the map of a batch's rows to tenants.
+
+Stands in for vLLM's LoRA manager in the model runner. What can fail (disk, checksum, shapes) happens in
+`update_host`, on a thread of its own; `set_active_adapters`, which runs inside a step, never touches the
+disk and never raises for a tenant.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vllm_prinmix import ops
+from vllm_prinmix.errors import PrinMixError
+from vllm_prinmix.format import delta as delta_files
+from vllm_prinmix.sites import attach, load_sites
+from vllm_prinmix.tenants import split_path
+
+Loaded = dict[int, ops.SiteDelta]
+
+
+class DeltaManager:
+    """One per worker process.
+
+    model: the loaded base. slots: distinct tenants per batch. host memory is bounded by the scheduler.
+    """
+
+    def __init__(self, model: nn.Module, slots: int, tied: bool, device: torch.device) -> None:
+        self.device = device
+        self.sites = attach(model, slots, tied)
+        self._host: dict[int, Loaded] = {}
+        self._loading: dict[int, Future[Loaded]] = {}
+        self._active: OrderedDict[int, int] = OrderedDict()  # id -> slot, least recently used first
+        self._free = list(range(slots))
+        self._warmup: set[int] = set()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prinmix-load")
+
+    # ---- host memory, as the scheduler says
+
+    def update_host(self, load: list[Any], drop: list[int]) -> tuple[set[int], dict[int, str]]:
+        """Start loading tenants and drop others: (ids in host memory now, id -> why its load failed)."""
+        for number in drop:
+            self.remove_adapter(number)
+        for request in load:
+            if request.lora_int_id not in self._host:
+                self._loading[request.lora_int_id] = self._thread.submit(self._load, request)
+        failed = {}
+        for number, future in list(self._loading.items()):
+            if future.done():
+                del self._loading[number]
+                error = future.exception()
+                if error is None:
+                    self._host[number] = future.result()
+                else:
+                    failed[number] = str(error) if isinstance(error, PrinMixError) else repr(error)
+        return set(self._host), failed
+
+    def _load(self, request: Any) -> Loaded:
+        folder, version = split_path(request.lora_path)
+        delta = delta_files.read_delta(folder)
+        if (found := delta_files.version(folder)) != version:
+            raise PrinMixError(
+                "the delta was replaced since the server started",
+                where=folder,
+                found=f"version {found}",
+                expected=f"version {version}",
+                fix="put the old files back, or restart the server",
+            )
+        return load_sites(delta, self.sites, self.device)
+
+    # ---- one step
+
+    def set_active_adapters(self, requests: set[Any], mapping: Any) -> None:
+        """Bring the batch's tenants into slots and note which rows are whose."""
+        numbers = [r.lora_int_id for r in requests if r.lora_int_id not in self._warmup]
+        for number in numbers:
+            if number in self._active:
+                self._active.move_to_end(number)
+        for number in numbers:
+            if number not in self._active:
+                self._activate(number, keep=set(numbers))
+        if mapping is not None:
+            ops.step.tokens = self._rows(mapping.index_mapping)
+            ops.step.samples = self._rows(mapping.prompt_mapping)
+
+    def _activate(self, number: int, keep: set[int]) -> None:
+        if not self._free:
+            # There are as many slots as distinct tenants in a batch, so one is always out of use.
+            self._deactivate(next(n for n in self._active if n not in keep))
+        slot = self._active[number] = self._free.pop()
+        for site, site_delta in self._host[number].items():
+            ops.sites[site].slots[slot] = site_delta
+
+    def _deactivate(self, number: int) -> None:
+        slot = self._active.pop(number)
+        for site in ops.sites:
+            site.slots[slot] = None
+        self._free.append(slot)
+
+    def _rows(self, numbers: tuple[int, ...]) -> ops.Rows:
+        array = np.asarray(numbers, dtype=np.int64)
+        groups = []
+        for number in np.unique(array):
+            if (slot := self._active.get(int(number))) is not None:
+                rows = torch.from_numpy(np.flatnonzero(array == number)).to(self.device)
+                groups.append((slot, rows))
+        return ops.Rows(groups)
+
+    # ---- the rest of vLLM's adapter manager protocol
+
+    def add_adapter(self, request: Any) -> bool:
+        """vLLM calls this for adapters loaded by hand at run time, which deltas do not support yet."""
+        if request.lora_int_id in self._host or request.lora_int_id in self._warmup:
+            return True
+        raise PrinMixError(
+            "a tenant cannot be added while the server runs",
+            where=request.lora_name,
+            fix="put its delta into the folder given to --deltas and restart the server",
+        )
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        if adapter_id in self._active:
+            self._deactivate(adapter_id)
+        self._warmup.discard(adapter_id)
+        return self._host.pop(adapter_id, None) is not None
+
+    def remove_all_adapters(self) -> None:
+        """Called after warm-up. Host memory stays: the scheduler keeps account of it."""
+        for number in list(self._active):
+            self._deactivate(number)
+        self._warmup.clear()
+        ops.step.tokens = ops.step.samples = ops.Rows()
+
+    def list_adapters(self) -> set[int]:
+        return set(self._host) | self._warmup
+
+    def pin_adapter(self, adapter_id: int) -> bool:
+        return adapter_id in self._host
+
+    @contextmanager
+    def dummy_lora_cache(self) -> Iterator[None]:
+        yield
+
+    def add_dummy_lora(self, request: Any, rank: int) -> bool:
+        self._warmup.add(request.lora_int_id)
+        return True
+
+    def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
+        return default_rank
+
+    def supports_tower_connector_lora(self) -> bool:
+        return False
+
+
+@contextmanager
+def prompt_rows(hidden_states: torch.Tensor) -> Iterator[None]:
+    """While prompt log-probs are computed, logits are of views of ``hidden_states``: one row per token."""
+    ops.step.prompt_hidden = hidden_states
+    try:
+        yield
+    finally:
+        ops.step.prompt_hidden = None
+
+
+def with_prompt_rows(function: Callable, parameter: str = "hidden_states") -> Callable:
+    """Wrap a model runner's function that computes prompt log-probs from its ``hidden_states``."""
+    import functools
+    import inspect
+
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with prompt_rows(signature.bind(*args, **kwargs).arguments[parameter]):
+            return function(*args, **kwargs)
+
+    return wrapped
