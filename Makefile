@@ -1,0 +1,42 @@
+# make demo   train a tiny base and three fine-tunes, compress them, serve them with vLLM, show the result
+# make test   everything that must pass; make check   the same without servers (under 3 minutes)
+PYTHON ?= python3
+# PyTorch's CPU wheels; asked only where plain pip has none.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+export PYTHON TORCH_INDEX
+
+RUN := .venv/bin/python -m
+SOURCES := vllm_prinmix compress kernels benchmarks tests
+
+.PHONY: demo test test-slow check lint format setup clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+setup:
+	@.ci/setup
+
+demo: setup
+	$(RUN) benchmarks.demo
+
+lint: setup
+	$(RUN) ruff check $(SOURCES)
+	$(RUN) ruff format --check $(SOURCES)
+	$(RUN) mypy
+
+check: lint
+	$(RUN) pytest -m "not server and not slow"
+
+test: lint
+	$(RUN) pytest -m "not slow"
+
+test-slow: setup
+	$(RUN) pytest -m slow
+
+format: setup
+	$(RUN) ruff check --fix $(SOURCES)
+	$(RUN) ruff format $(SOURCES)
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
