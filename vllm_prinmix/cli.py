@@ -141,12 +141,15 @@ def verify(
     delta: DeltaArgument,
     base: BaseOption,
     finetuned: Annotated[str | None, typer.Option(help="Measure the errors against it again.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="With --finetuned: measure the errors on its inputs too.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Check all bytes of a delta and its base, decode every tensor, measure errors again."""
     from vllm_prinmix.compress import verify as module
 
-    entries = module.verify(delta, base, finetuned, Console(stderr=True))
+    entries = module.verify(delta, base, finetuned, calibration, Console(stderr=True))
     if as_json:
         typer.echo(json.dumps(entries, indent=1))
     else:

@@ -46,7 +46,8 @@ def write_delta(folder: Path, config: DeltaConfig, tensors: Mapping[str, torch.T
     from safetensors.torch import save_file
 
     path = folder / WEIGHTS_FILE
-    save_file(dict(tensors), path, metadata={"format": "prinmix", "format_version": str(FORMAT_VERSION)})
+    # One key only: safetensors writes several in random order, and the same delta must be the same bytes.
+    save_file(dict(tensors), path, metadata={"prinmix_format_version": str(FORMAT_VERSION)})
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(1 << 24):
