@@ -70,13 +70,17 @@ INTERNALS: dict[str, Internal] = {
         parameters=("hidden_states",),
     ),
     "OpenAIServingModels": Internal(("vllm.entrypoints.openai.models.serving:OpenAIServingModels",)),
+    "BaseServing": Internal(
+        ("vllm.entrypoints.serve.engine.serving:BaseServing",),
+        attributes=("_check_model", "create_error_response"),
+    ),
     "AsyncLLM": Internal(("vllm.v1.engine.async_llm:AsyncLLM",), attributes=("generate",)),
     "GenerationError": Internal(("vllm.exceptions:GenerationError",)),
     "init_logger": Internal(("vllm.logger:init_logger",)),
 }
 
 # The HTTP stack: worker processes must not import it only to check that it is there.
-API_SERVER_ONLY = {"OpenAIServingModels", "AsyncLLM", "GenerationError"}
+API_SERVER_ONLY = {"OpenAIServingModels", "BaseServing", "AsyncLLM", "GenerationError"}
 
 
 @cache

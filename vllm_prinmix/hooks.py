@@ -7,9 +7,11 @@ then reaches every process inside VllmConfig.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import sys
+from http import HTTPStatus
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +27,7 @@ def install() -> None:
     on_import("vllm.v1.executor.abstract", _patch_executor)
     on_import("vllm.v1.worker.lora_model_runner_mixin", _patch_worker)
     on_import("vllm.entrypoints.openai.models.serving", _patch_models)
+    on_import("vllm.entrypoints.serve.engine.serving", _patch_request_check)
     on_import("vllm.v1.engine.async_llm", _patch_errors)
 
 
@@ -161,6 +164,39 @@ def _patch_models(module: ModuleType) -> None:
                 self.lora_requests[tenant.name] = lora_request(tenant, self.base_model_paths[0].name)
 
     models.__init__ = init_with_tenants
+
+
+def _patch_request_check(module: ModuleType) -> None:
+    """Before a request reaches the engine: is its tenant's delta still whole, and if unknown, why?"""
+    from vllm_prinmix.tenants import check_files
+
+    serving = module.BaseServing
+    check_model = serving._check_model
+
+    @functools.wraps(check_model)
+    async def check_tenant(self: Any, request: Any) -> Any:
+        error = await check_model(self, request)
+        vllm_config = getattr(getattr(self.models, "engine_client", None), "vllm_config", None)
+        if not is_on(vllm_config):
+            return error
+        lora = vllm_config.lora_config
+        if error is not None and (reason := lora.skipped.get(request.model)):
+            error.error.message = f"tenant {request.model} was not loaded at start: {reason}"
+        tenant = next((t for t in lora.tenants if t.name == request.model), None)
+        if tenant is None:
+            return error
+        try:
+            await asyncio.to_thread(check_files, tenant)
+        except PrinMixError as broken:
+            return self.create_error_response(
+                f"tenant {tenant.name}: {broken}",
+                err_type="ServiceUnavailableError",
+                status_code=HTTPStatus.SERVICE_UNAVAILABLE,
+                param="model",
+            )
+        return error
+
+    serving._check_model = check_tenant
 
 
 def _patch_errors(module: ModuleType) -> None:

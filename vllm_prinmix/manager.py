@@ -21,7 +21,7 @@ from vllm_prinmix import ops
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format import delta as delta_files
 from vllm_prinmix.sites import attach, load_sites
-from vllm_prinmix.tenants import split_path
+from vllm_prinmix.tenants import check_version, split_path
 
 Loaded = dict[int, ops.SiteDelta]
 
@@ -65,14 +65,7 @@ class DeltaManager:
     def _load(self, request: Any) -> Loaded:
         folder, version = split_path(request.lora_path)
         delta = delta_files.read_delta(folder)
-        if (found := delta_files.version(folder)) != version:
-            raise PrinMixError(
-                "the delta was replaced since the server started",
-                where=folder,
-                found=f"version {found}",
-                expected=f"version {version}",
-                fix="put the old files back, or restart the server",
-            )
+        check_version(folder, version)
         return load_sites(delta, self.sites, self.device)
 
     # ---- one step

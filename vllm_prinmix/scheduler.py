@@ -17,6 +17,8 @@ Scheduler: Any = resolve("Scheduler")
 AsyncScheduler: Any = resolve("AsyncScheduler")
 FinishReason: Any = resolve("FinishReason")
 
+logger = resolve("init_logger")("vllm.prinmix")
+
 POLL_SECONDS = 0.002  # between polls of the workers while nothing else can run
 _executors: list[Any] = []
 
@@ -102,6 +104,8 @@ class HoldBack:
         everywhere = set.intersection(*(resident for resident, _ in answers))
         for _, failed in answers:
             self._failed.update(failed)
+        for number, reason in self._failed.items():
+            logger.error("PrinMix: tenant %s cannot be loaded: %s", self._loading[number].lora_name, reason)
         for number in list(self._loading):
             if number in self._failed:
                 del self._loading[number]

@@ -37,6 +37,28 @@ class Tenant:
         return f"{self.folder}#{self.version}"
 
 
+def check_files(tenant: Tenant) -> None:
+    """Whether the tenant's files are still those found at start: one small read and one stat.
+
+    Raises PrinMixError when they are gone, truncated or replaced.
+    """
+    folder = Path(tenant.folder)
+    delta.check_weights_size(folder, delta.read_config(folder))
+    check_version(folder, tenant.version)
+
+
+def check_version(folder: Path, expected: str) -> None:
+    """Raises PrinMixError when the delta in ``folder`` is not the one that the server started with."""
+    if (found := delta.version(folder)) != expected:
+        raise PrinMixError(
+            "the delta was replaced since the server started",
+            where=folder,
+            found=f"version {found}",
+            expected=f"version {expected}",
+            fix="put the old files back, or restart the server",
+        )
+
+
 def split_path(path: str) -> tuple[Path, str]:
     """The inverse of `Tenant.path`: (folder, version)."""
     folder, _, version = path.rpartition("#")
