@@ -50,7 +50,7 @@ def main(
     duration: Annotated[float, Option(help="Length of the trace, s.")] = 100.0,
     prompt_tokens: Annotated[int, Option(help="Tokens of each prompt.")] = 512,
     output_tokens: Annotated[int, Option(help="Tokens of each answer.")] = 1,
-    vocab_size: Annotated[int, Option(help="Prompts hold random token ids below this.")] = 1000,
+    vocab_size: Annotated[int, Option(help="Prompts hold random token ids below this.")] = 256,
     seed: Annotated[int, Option(help="Seed of the trace.")] = 0,
     tenants: Annotated[str, Option(help="Models to send to, a,b,...; default: those with a parent.")] = "",
     include_base: Annotated[bool, Option("--include-base", help="Send to the base model too.")] = False,

@@ -1,0 +1,166 @@
+"""Cold and broken tenants: nobody but themselves notices."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from benchmarks.demo.pipeline import Family
+from benchmarks.server import SMALL_MACHINE_ARGUMENTS, VllmServer
+from tests.e2e import slow_loads
+from tests.e2e.client import complete, post, stream_times
+from tests.e2e.conftest import FLOAT32
+from vllm_prinmix.format.schema import WEIGHTS_FILE
+
+LOAD_SECONDS = 2.0
+LONGEST_GAP = 0.3
+
+
+@dataclass
+class Running:
+    url: str
+    deltas: Path
+    warm: str
+    log: Path
+
+
+@pytest.fixture(scope="module")
+def running(family: Family, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server of copies that the tests may break; loading the tenant `cold` takes two seconds more."""
+    root = tmp_path_factory.mktemp("failures")
+    deltas = root / "deltas"
+    names = ["warm", "cold", "truncated", "flipped", "vanished", "replaced", "mended", "bad-from-the-start"]
+    for i, name in enumerate(names):
+        shutil.copytree(family.tenants[i % len(family.tenants)].delta, deltas / name)
+    (deltas / "bad-from-the-start" / WEIGHTS_FILE).write_bytes(b"")
+    environment = slow_loads.install(root / "plugin", "cold", LOAD_SECONDS)
+    arguments = (
+        "--enable-prinmix",
+        "--deltas",
+        str(deltas),
+        "--max-deltas",
+        "2",
+        "--max-cpu-deltas",
+        "3",
+        *SMALL_MACHINE_ARGUMENTS,
+        *FLOAT32,
+    )
+    log = logs / "failures.log"
+    with VllmServer(family.base, *arguments, log=log, environment=environment) as server:
+        yield Running(server.url, deltas, "warm", log)
+
+
+def assert_others_go_on(running: Running) -> None:
+    prompt = [1, 2, 3, 4]
+    assert len(complete(running.url, running.warm, prompt, tokens=4).token_ids) == 4
+    assert len(complete(running.url, "base", prompt, tokens=4).token_ids) == 4
+
+
+def error_of(running: Running, tenant: str, **more: object) -> tuple[int, str]:
+    body = {"model": tenant, "prompt": [1, 2, 3], "max_tokens": 4, **more}
+    response = post(running.url, "/v1/completions", body)
+    return response.status_code, response.json()["error"]["message"]
+
+
+def test_a_cold_tenant_does_not_stop_a_warm_one(running: Running) -> None:
+    prompt = [5, 6, 7, 8]
+    stream_times(running.url, running.warm, prompt, 20)  # warm, and past one-time costs
+    started: list[float] = []
+    warm: list[float] = []
+    thread = threading.Thread(
+        target=lambda: warm.extend(stream_times(running.url, running.warm, prompt, 900, started))
+    )
+    thread.start()
+    while not started:
+        thread.join(0.01)
+    cold = stream_times(running.url, "cold", prompt, 4)
+    during = thread.is_alive()
+    thread.join()
+    gaps = [b - a for a, b in zip(warm, warm[1:], strict=False)]
+    print(f"cold first token {cold[0]:.2f} s; warm longest gap {max(gaps) * 1e3:.0f} ms in {warm[-1]:.1f} s")
+    assert during, "the warm stream ended before the cold tenant answered: nothing was measured"
+    assert cold[0] > LOAD_SECONDS
+    assert max(gaps) < LONGEST_GAP
+    again = stream_times(running.url, "cold", prompt, 4)
+    assert again[0] < LOAD_SECONDS, "now it is in memory"
+
+
+def test_truncated_after_start(running: Running) -> None:
+    weights = running.deltas / "truncated" / WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:-100])
+    status, message = error_of(running, "truncated")
+    assert status == 503
+    assert "tenant truncated" in message
+    assert "truncated or was changed" in message
+    assert_others_go_on(running)
+
+
+def test_flipped_bits_after_start(running: Running) -> None:
+    """The size still fits, so only the worker notices; its reason reaches the client."""
+    weights = running.deltas / "flipped" / WEIGHTS_FILE
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 4
+    weights.write_bytes(data)
+    for _ in range(2):
+        status, message = error_of(running, "flipped")
+        assert status == 500
+        assert "tenant flipped" in message
+        assert "checksum does not fit" in message
+    assert_others_go_on(running)
+    assert str(weights) in running.log.read_text(), "the log has the whole path"
+
+
+def test_mended_files_are_served_again(running: Running) -> None:
+    weights = running.deltas / "mended" / WEIGHTS_FILE
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert error_of(running, "mended")[0] == 500
+    weights.write_bytes(good)
+    assert len(complete(running.url, "mended", [1, 2, 3], tokens=4).token_ids) == 4
+
+
+def test_a_stream_of_a_broken_tenant_ends_with_the_reason(running: Running) -> None:
+    body = {"model": "flipped", "prompt": [1, 2], "max_tokens": 4, "stream": True}
+    response = post(running.url, "/v1/completions", body)
+    assert "tenant flipped" in response.text
+    assert "checksum does not fit" in response.text
+
+
+def test_vanished_folder(running: Running) -> None:
+    shutil.rmtree(running.deltas / "vanished")
+    status, message = error_of(running, "vanished")
+    assert status == 503
+    assert "tenant vanished: the delta folder does not exist" in message
+    assert_others_go_on(running)
+
+
+def test_replaced_delta_is_not_mistaken_for_the_old_one(running: Running) -> None:
+    shutil.rmtree(running.deltas / "replaced")
+    shutil.copytree(running.deltas / "warm", running.deltas / "replaced")
+    status, message = error_of(running, "replaced")
+    assert status == 503
+    assert "tenant replaced: the delta was replaced since the server started" in message
+
+
+def test_unknown_tenant_and_one_that_was_bad_from_the_start(running: Running) -> None:
+    status, message = error_of(running, "nobody")
+    assert status == 404
+    assert "nobody" in message
+    status, message = error_of(running, "bad-from-the-start")
+    assert status == 404
+    assert "tenant bad-from-the-start was not loaded at start" in message
+    assert "PrinMix: bad-from-the-start is not served" in running.log.read_text()
+    assert_others_go_on(running)
+
+
+def test_adding_a_tenant_at_run_time_is_refused_and_harmless(running: Running) -> None:
+    response = post(
+        running.url, "/v1/load_lora_adapter", {"lora_name": "new", "lora_path": str(running.deltas / "warm")}
+    )
+    assert response.status_code >= 400
+    assert_others_go_on(running)
