@@ -12,7 +12,7 @@ import httpx
 
 @dataclass(frozen=True)
 class Reply:
-    """token_ids and their log-probs; prompt_logprobs[i] maps token id -> log-prob at prompt position i + 1."""
+    """Token ids and their log-probs; prompt_logprobs[i]: token id -> log-prob at prompt position i + 1."""
 
     token_ids: list[int]
     logprobs: list[float]

@@ -1,4 +1,4 @@
-"""A second vLLM plugin, for tests: makes the loading of one tenant's delta slow, in whatever process it happens.
+"""A second vLLM plugin, for tests: makes the loading of one tenant's delta slow.
 
 Installed by putting a folder with this file and an entry point on PYTHONPATH (`install`).
 """

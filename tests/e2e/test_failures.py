@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import threading
 from collections.abc import Iterator
@@ -81,7 +82,7 @@ def test_a_cold_tenant_does_not_stop_a_warm_one(running: Running) -> None:
     cold = stream_times(running.url, "cold", prompt, 4)
     during = thread.is_alive()
     thread.join()
-    gaps = [b - a for a, b in zip(warm, warm[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(warm)]
     print(f"cold first token {cold[0]:.2f} s; warm longest gap {max(gaps) * 1e3:.0f} ms in {warm[-1]:.1f} s")
     assert during, "the warm stream ended before the cold tenant answered: nothing was measured"
     assert cold[0] > LOAD_SECONDS

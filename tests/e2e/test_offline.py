@@ -33,7 +33,8 @@ if __name__ == "__main__":
         SamplingParams(temperature=0, max_tokens=16, ignore_eos=True),
         lora_request=[tenant_request(llm, name) if name else None for name, _ in jobs],
     )
-    json.dump([[n or "base", p, list(o.outputs[0].token_ids)] for (n, p), o in zip(jobs, outputs)], open(out, "w"))
+    answers = [[n or "base", p, list(o.outputs[0].token_ids)] for (n, p), o in zip(jobs, outputs)]
+    json.dump(answers, open(out, "w"))
 """
 
 

@@ -1,4 +1,4 @@
-"""`vllm serve` with options that do not fit: one clear message, exit code not 0, before anything is loaded."""
+"""`vllm serve` with options that do not fit: one clear message, exit code not 0, nothing loaded."""
 
 from __future__ import annotations
 

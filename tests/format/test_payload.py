@@ -27,8 +27,10 @@ def test_factors_round_trip(
 ) -> None:
     delta = random_factors(rows, cols, directions, widths, seed, row_scale)
     spec, payload = encode_factors(delta)
-    assert payload.numel() == payload_bytes(spec) == packing.factors_bytes(
-        delta.v_bits.tolist(), delta.u_bits.tolist(), rows, cols, row_scale
+    assert (
+        payload.numel()
+        == payload_bytes(spec)
+        == packing.factors_bytes(delta.v_bits.tolist(), delta.u_bits.tolist(), rows, cols, row_scale)
     )
     found = decode(spec, payload)
     assert isinstance(found, QuantizedFactors)

@@ -30,7 +30,7 @@ def inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_linear_of_a_packed_layer(dtype: torch.dtype) -> None:
-    """Three slices (q, k, v) of which tenant 1 lacks the second; a bias; and a third tenant without the site."""
+    """Three slices (q, k, v), of which tenant 1 lacks the second; a bias; a tenant without the site."""
     widths = (64, 32, 32)
     first = [random_factors(w, COLS, 9, (2, 3), seed=w + i) for i, w in enumerate(widths)]
     second = [random_factors(w, COLS, 5, (4,), seed=10 + w + i) for i, w in enumerate(widths)]
@@ -90,7 +90,7 @@ def test_norm_replaces_the_weight() -> None:
 
 
 def test_logits_see_sampled_rows_and_prompt_rows() -> None:
-    """Sampled: one row a request. Prompt log-probs: a view of the token rows, found by its place in memory."""
+    """Sampled: one row a request. Prompt log-probs: views of the token rows, found by their address."""
     delta = random_factors(40, COLS, 6, (3,), seed=0)
     ops.sites.append(Site((40,), [SiteDelta(parts=[pack(delta)])]))
     ops.step.tokens, ops.step.samples = rows((0, [2, 3, 4])), rows((0, [1]))
