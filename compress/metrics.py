@@ -1,0 +1,74 @@
+"""The metric H of every matrix of a model, from calibration, in the order of a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from vllm_prinmix.compress import stream
+from vllm_prinmix.compress.hessian import DAMPING, Hessian
+from vllm_prinmix.compress.model import is_tied, layer_prefix
+from vllm_prinmix.format.checkpoint import EMBEDDING, HEAD, Checkpoint
+
+
+def hessians(
+    model: Any,
+    checkpoint: Checkpoint,
+    samples: list[torch.Tensor],
+    wanted: set[str],
+    device: torch.device,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Iterator[tuple[str, Hessian]]:
+    """(weight name, metric of its inputs) for all ``wanted`` matrices: embedding, layers, lm_head.
+
+    ``model`` is on the meta device, ``samples`` are int64 token ids [tokens]. One decoder layer and its
+    metrics are in memory at a time; modules that share an input follow one another with the same `Hessian`.
+    An untied embedding's metric is that of its transpose [hidden, vocabulary], see `embedding_hessian`.
+    ``tell`` hears which layer's samples are being run. No forward pass is made that no wanted matrix needs.
+    """
+    left = set(wanted)
+    tied = is_tied(model)
+    if EMBEDDING in left and not tied:
+        yield EMBEDDING, embedding_hessian(samples, model.config.vocab_size, device)
+        left.remove(EMBEDDING)
+    if not left:
+        return
+    hidden = stream.embed(checkpoint, samples)
+    for index in range(model.config.num_hidden_layers):
+        tell(f"layer {index}: running the calibration samples")
+        names = [name for name in wanted if name.startswith(layer_prefix(index))]
+        moments = stream.run_layer(model, checkpoint, index, hidden, set(names), device)
+        matrix, hessian = None, None
+        for name in list(moments):
+            if hessian is None or moments[name] is not matrix:
+                matrix = moments[name]
+                hessian = Hessian(matrix)
+            del moments[name]
+            yield name, hessian
+        del matrix, hessian  # large, and not needed while the next layer runs
+        left.difference_update(names)
+        if not left:
+            return
+    head = stream.head_moments(model, checkpoint, hidden, device)
+    hidden.clear()
+    yield (EMBEDDING, tied_hessian(head)) if tied else (HEAD, Hessian(head))
+
+
+def embedding_hessian(samples: list[torch.Tensor], vocabulary: int, device: torch.device) -> Hessian:
+    """The diagonal metric [vocabulary] of dE^T [hidden, vocabulary], whose inputs are one-hot: token counts.
+
+    A floor of DAMPING times their mean keeps the rows of tokens that calibration never saw in the fit.
+    """
+    counts = stream.token_counts(samples, vocabulary)
+    return Hessian((counts + DAMPING * counts.mean()).to(device))
+
+
+def tied_hessian(head: torch.Tensor) -> Hessian:
+    """The metric [hidden, hidden] of an embedding that is lm_head too; both uses count the same.
+
+    ``head`` is X X^T of lm_head's inputs, here scaled to trace 1. The look-up weighs all columns alike.
+    """
+    width = head.shape[0]
+    return Hessian(head / head.trace() + torch.eye(width, device=head.device) / width)

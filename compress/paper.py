@@ -1,0 +1,234 @@
+"""The paper's method (Algorithm 1): a delta to singular directions of mixed width within a byte budget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_prinmix.compress.allocate import allocate
+from vllm_prinmix.compress.gptq import gptq
+from vllm_prinmix.compress.grid import dequantize, minmax_grid
+from vllm_prinmix.compress.hessian import Hessian, require_finite
+from vllm_prinmix.compress.rtc import correct_target
+from vllm_prinmix.compress.svd import thin_svd
+from vllm_prinmix.compress.threads import one_thread_if_small
+from vllm_prinmix.errors import PrinMixError
+from vllm_prinmix.kernels.packing import ALIGNMENT, DIRECTION_BYTES, factors_bytes, row_bytes
+from vllm_prinmix.kernels.quantized import MAX_BITS, QuantizedFactors
+
+CANDIDATE_BITS = (0, 2, 3, 4, 5, 6, 7, 8)
+MAX_ACTIVE_BITS = 4
+SIMULATED_ENTRIES = 1 << 26  # weights quantized in one stacked call; bounds the memory (1 GB), not the result
+
+
+@dataclass(frozen=True)
+class Report:
+    """What compressing one module gave; errors are ||dW X - dW^ X||^2 / ||dW X||^2 on calibration data."""
+
+    error: float  # of the result
+    error_v: float  # with V quantized alone: U diag(S) V^
+    error_v_predicted: float  # the same, as Eq. 5 and Eq. 8 have it: the sum of the chosen errors
+    error_rtc: float  # with V quantized and U corrected (Eq. 7) but not yet quantized
+    directions: dict[int, int]  # how many directions have this width; those of 0 bits are dropped
+    payload_bytes: int
+    solver: str
+    solver_gap: float  # 0: the allocation is proved optimal
+    seconds: dict[str, float]  # of each step
+
+
+def compress_factors(
+    dw: torch.Tensor,
+    hessian: torch.Tensor | Hessian,
+    *,
+    budget_bytes: int,
+    candidate_bits: Sequence[int] = CANDIDATE_BITS,
+    max_active_bits: int = MAX_ACTIVE_BITS,
+    solver: str = "scip",
+) -> tuple[QuantizedFactors, Report]:
+    """Algorithm 1 on one module: dW ~= U^ diag(S) V^ in at most ``budget_bytes`` payload bytes.
+
+    ``dw`` float32 [rows, cols]; ``hessian`` H = X X^T of the module's inputs, float32 [cols, cols] or its
+    diagonal [cols] (a `Hessian` is factorised once for all modules that share it). ``solver``: see
+    `allocate`. Works on the device of ``dw``; the same inputs and thread count give the same result.
+
+    Directions come sorted by width, widest first, then by singular value. There are none where dW is zero
+    or the budget does not reach for one: whether that is an error is the caller's to decide. Inputs that
+    calibration never saw count for nothing in the choice of directions; give them a small diagonal in H where
+    they shall.
+
+    Raises PrinMixError for NaN or infinite entries, shapes that do not fit, bad candidate bits, and a budget
+    that cannot be kept (only without 0 among the candidates).
+    """
+    if (
+        not candidate_bits
+        or sorted(set(candidate_bits)) != sorted(candidate_bits)
+        or not all(0 <= bits <= MAX_BITS for bits in candidate_bits)
+    ):
+        raise PrinMixError(
+            "bad candidate bits", found=list(candidate_bits), expected=f"different widths of 0 to {MAX_BITS}"
+        )
+    if dw.dim() != 2:
+        raise PrinMixError("a delta to be factored is not a matrix", found=tuple(dw.shape))
+    rows, cols = dw.shape
+    dw = dw.float()
+    require_finite(dw, "the delta")
+    if not isinstance(hessian, Hessian):
+        hessian = Hessian(hessian)
+    if hessian.size != cols:
+        raise PrinMixError(
+            "weights and calibration inputs differ in width", found=f"{cols} columns", expected=hessian.size
+        )
+    with one_thread_if_small(max(rows, cols)):
+        return _algorithm_1(dw, hessian, budget_bytes, candidate_bits, max_active_bits, solver)
+
+
+def _algorithm_1(
+    dw: torch.Tensor,
+    hessian: Hessian,
+    budget_bytes: int,
+    candidate_bits: Sequence[int],
+    max_active_bits: int,
+    solver: str,
+) -> tuple[QuantizedFactors, Report]:
+    """`compress_factors` on checked arguments."""
+    rows, cols = dw.shape
+    watch = _Stopwatch()
+    u, sigma, v = thin_svd(dw)
+    watch.lap("svd")
+    errors = simulate(v, sigma, hessian, candidate_bits)
+    watch.lap("simulate")
+    cost = [direction_bytes(bits, rows, cols) for bits in candidate_bits]
+    # Codes come in multiples of ALIGNMENT, so a payload padded to it fits where the unpadded one does.
+    budget = budget_bytes // ALIGNMENT * ALIGNMENT
+    allocation = allocate(errors.numpy(), cost, budget, max_active_bits, solver)
+    watch.lap("allocate")
+
+    widths = torch.tensor(candidate_bits)[torch.from_numpy(allocation.choice)]
+    kept = torch.argsort(widths, descending=True, stable=True)[: int((widths > 0).sum())].to(dw.device)
+    total = float(hessian.norm(dw).sum())
+
+    def relative_error(approximation: torch.Tensor) -> float:
+        return float(hessian.norm(dw - approximation).sum()) / total if total else 0.0
+
+    if len(kept):
+        bits = widths.to(dw.device, torch.uint8)[kept]
+        u, sigma, v = u[:, kept], sigma[kept], v[kept]
+        v_grid = minmax_grid(v, bits)
+        v_codes = gptq(v, hessian, v_grid)
+        sv = sigma[:, None] * dequantize(v_codes, v_grid)
+        watch.lap("quantize V")
+        error_v = relative_error(u @ sv)
+        watch.lap("report")
+        u, metric = correct_target(dw, u, sv, hessian)
+        watch.lap("correct U")
+        error_rtc = relative_error(u @ sv)
+        watch.lap("report")
+        u_grid = minmax_grid(u.T, bits)
+        u_codes = gptq(u, Hessian(metric), u_grid, per_column=True).T.contiguous()
+        watch.lap("quantize U")
+        factors = QuantizedFactors(
+            v_codes=v_codes,
+            u_codes=u_codes,
+            v_bits=bits,
+            u_bits=bits.clone(),
+            scale=v_grid.scale * sigma * u_grid.scale,
+            v_zero=v_grid.zero,
+            u_zero=u_grid.zero,
+        )
+        error = relative_error(factors.dense())
+    else:
+        factors = no_directions(rows, cols, dw.device)
+        error = error_v = error_rtc = 1.0 if total else 0.0
+    watch.lap("report")
+    report = Report(
+        error=error,
+        error_v=error_v,
+        error_v_predicted=allocation.error / total if total else 0.0,
+        error_rtc=error_rtc,
+        directions={bits: int((widths == bits).sum()) for bits in sorted(candidate_bits)},
+        payload_bytes=factors_bytes(factors.v_bits.tolist(), factors.u_bits.tolist(), rows, cols),
+        solver=solver,
+        solver_gap=allocation.gap,
+        seconds=watch.seconds,
+    )
+    return factors, report
+
+
+def simulate(
+    v: torch.Tensor, sigma: torch.Tensor, hessian: Hessian, candidate_bits: Sequence[int]
+) -> torch.Tensor:
+    """E[i, b] = sigma_i^2 dv_i H dv_i^T, dv_i the error of v_i quantized to b bits (Eq. 5): float64 [r, B].
+
+    ``v`` float32 [r, cols], ``sigma`` float32 [r]. 0 bits is the error of dropping the direction, dv_i = v_i.
+    All widths of a row are quantized in one stacked call. On the CPU, whatever the device of ``v``.
+    """
+    widths = [bits for bits in candidate_bits if bits]
+    errors = torch.empty(len(v), len(candidate_bits), dtype=torch.float64)
+    step = max(1, SIMULATED_ENTRIES // (v.shape[1] * max(1, len(widths))))
+    for first in range(0, len(v), step):
+        part = v[first : first + step]
+        stacked = part.repeat(len(widths), 1)
+        grid = minmax_grid(
+            stacked, torch.tensor(widths, dtype=torch.uint8, device=v.device).repeat_interleave(len(part))
+        )
+        stacked -= dequantize(gptq(stacked, hessian, grid), grid)
+        quantized = hessian.norm(stacked).view(len(widths), len(part))
+        norms = dict(zip(widths, quantized, strict=True))
+        for column, bits in enumerate(candidate_bits):
+            errors[first : first + step, column] = norms[bits] if bits else hessian.norm(part)
+    return errors * sigma.double().cpu()[:, None] ** 2
+
+
+def direction_bytes(bits: int, rows: int, cols: int) -> int:
+    """B of Eq. 8: bytes of one direction, V and U at the same width, scale and zero points included."""
+    return row_bytes(bits, cols) + row_bytes(bits, rows) + DIRECTION_BYTES if bits else 0
+
+
+def no_directions(rows: int, cols: int, device: torch.device | str = "cpu") -> QuantizedFactors:
+    """Factors of a zero matrix [rows, cols]."""
+    byte = torch.empty(0, dtype=torch.uint8, device=device)
+    half = torch.empty(0, dtype=torch.float16, device=device)
+    return QuantizedFactors(
+        v_codes=byte.new_empty(0, cols),
+        u_codes=byte.new_empty(0, rows),
+        v_bits=byte,
+        u_bits=byte.clone(),
+        scale=half.float(),
+        v_zero=half,
+        u_zero=half.clone(),
+    )
+
+
+def transpose(factors: QuantizedFactors) -> QuantizedFactors:
+    """The factors of dW^T: U and V swapped.
+
+    Embeddings are compressed as their transpose [hidden, vocabulary], because their inputs are the tokens.
+    Raises ValueError for factors with a row scale, which has no counterpart for columns.
+    """
+    if factors.row_scale is not None:
+        raise ValueError("factors with a row scale cannot be transposed")
+    return QuantizedFactors(
+        v_codes=factors.u_codes,
+        u_codes=factors.v_codes,
+        v_bits=factors.u_bits,
+        u_bits=factors.v_bits,
+        scale=factors.scale,
+        v_zero=factors.u_zero,
+        u_zero=factors.v_zero,
+    )
+
+
+class _Stopwatch:
+    """Seconds between laps, added up by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now

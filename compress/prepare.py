@@ -1,0 +1,221 @@
+"""`prinmix compress`, first part: what is wrong with the input is found before the work starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vllm_prinmix import __version__
+from vllm_prinmix.compress import account, calibration
+from vllm_prinmix.compress.methods import Recipe, check_reachable
+from vllm_prinmix.compress.model import Kind, build_model, expected_tensors, read_architecture
+from vllm_prinmix.errors import PrinMixError
+from vllm_prinmix.format.checkpoint import Checkpoint
+from vllm_prinmix.format.digest import combine, tensor_digests
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for."""
+
+    base: str
+    finetuned: str
+    out: Path
+    calibration: str | None
+    recipe: Recipe
+    ratio: Fraction = Fraction(1, 16)
+    embedding_ratio: Fraction = Fraction(1, 4)
+    samples: int = 128
+    sequence_length: int = 2048
+    seed: int = 0
+    device: str = "auto"
+    overwrite: bool = False
+
+
+@dataclass
+class Job:
+    """Checked input."""
+
+    options: Options
+    base: Checkpoint
+    finetuned: Checkpoint
+    model: Any  # transformers' model, on the meta device
+    kinds: dict[str, Kind]  # of every tensor, in the model's order
+    shapes: dict[str, tuple[int, ...]]
+    samples: calibration.Samples
+    device: torch.device
+    same_bytes: set[str]  # tensors that are bit-identical in both checkpoints
+    base_digest: str
+    finetuned_digest: str
+
+    def ratio(self, name: str) -> Fraction:
+        """The limit for one module."""
+        return self.options.ratio if self.kinds[name] is Kind.LINEAR else self.options.embedding_ratio
+
+    def key(self) -> dict[str, Any]:
+        """All that decides the delta's bytes (on one machine): what a resumed run must have in common."""
+        recipe = self.options.recipe
+        return {
+            "tool": __version__,
+            "base": self.base_digest,
+            "finetuned": self.finetuned_digest,
+            "calibration": self.samples.sha256,
+            "method": recipe.method.value,
+            "solver": recipe.solver.value,
+            "bits": list(recipe.bits),
+            "max-active-bits": recipe.max_active_bits,
+            "ratio": str(self.options.ratio),
+            "embedding-ratio": str(self.options.embedding_ratio),
+            "device": self.device.type,
+        }
+
+
+def prepare(options: Options, console: Console) -> Job:
+    """Open and check everything; raises PrinMixError for bad input of every kind."""
+    _check_options(options)
+    device = pick_device(options.device)
+    base, finetuned = Checkpoint(options.base), Checkpoint(options.finetuned)
+    base_config, config = read_architecture(base), read_architecture(finetuned)
+    account.check_settings(base_config, config, finetuned.folder)
+    model = build_model(config)
+    expected = expected_tensors(model)
+    for checkpoint in (base, finetuned):
+        account.check_tensors(checkpoint, expected)
+    samples = _draw_samples(options, finetuned, base, config.vocab_size, console)
+    digests = _read_all([base, finetuned], console)
+    same = {
+        name
+        for name in expected
+        if base.tensors[name].dtype == finetuned.tensors[name].dtype and digests[0][name] == digests[1][name]
+    }
+    job = Job(
+        options=options,
+        base=base,
+        finetuned=finetuned,
+        model=model,
+        kinds={name: kind for name, (kind, _) in expected.items()},
+        shapes={name: shape for name, (_, shape) in expected.items()},
+        samples=samples,
+        device=device,
+        same_bytes=same,
+        base_digest=combine(base, digests[0]),
+        finetuned_digest=combine(finetuned, digests[1]),
+    )
+    _check_ratios(job)
+    return job
+
+
+def _check_options(options: Options) -> None:
+    if options.calibration is None:
+        raise PrinMixError(
+            "calibration text is required: the compression is fitted to what the model reads",
+            where="--calibration",
+            expected="a .txt file (one sample a line), a .jsonl file (field `text`) or a dataset",
+            fix="give --calibration FILE with texts as the fine-tune's users write them",
+        )
+    if options.out.exists() and not options.overwrite:
+        raise PrinMixError(
+            "the output is already there", where=options.out, fix="give --overwrite or another --out"
+        )
+    for name, ratio in (("--ratio", options.ratio), ("--embedding-ratio", options.embedding_ratio)):
+        if not 0 < ratio <= 1:
+            raise PrinMixError(
+                "a ratio is a fraction of the dense size",
+                where=name,
+                found=ratio,
+                expected="more than 0 and at most 1, such as 1/16 or 0.0625",
+            )
+    bits = options.recipe.bits
+    if not any(bits) or len(set(bits)) != len(bits) or not all(0 <= b <= 8 for b in bits):
+        raise PrinMixError(
+            "the bit-widths cannot be used",
+            where="--bits",
+            found=",".join(map(str, bits)),
+            expected="different widths from 0 to 8, one of them above 0, such as 0,2,3,4",
+        )
+    for name, value in (
+        ("--max-active-bits", options.recipe.max_active_bits),
+        ("--samples", options.samples),
+        ("--sequence-length", options.sequence_length),
+    ):
+        if value < 1:
+            raise PrinMixError("the number is too small", where=name, found=value, expected="at least 1")
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one. Raises PrinMixError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = str(error).splitlines()[0]
+        raise PrinMixError("the device cannot be used", where=f"--device {name}", found=found) from error
+    return device
+
+
+def _draw_samples(
+    options: Options, finetuned: Checkpoint, base: Checkpoint, vocabulary: int, console: Console
+) -> calibration.Samples:
+    assert options.calibration is not None
+    samples = calibration.draw(
+        options.calibration,
+        calibration.load_tokenizer(finetuned, base),
+        vocabulary,
+        samples=options.samples,
+        sequence_length=options.sequence_length,
+        seed=options.seed,
+    )
+    if samples.available < options.samples:
+        console.print(
+            f"{samples.source} has {samples.available} samples, --samples is {options.samples}: all are used",
+            markup=False,
+        )
+    return samples
+
+
+def _read_all(checkpoints: list[Checkpoint], console: Console) -> list[dict[str, str]]:
+    """Every tensor's digest, and the check for NaN and infinity, in one pass over all bytes."""
+    total = sum(stored.nbytes for c in checkpoints for stored in c.tensors.values())
+    with progress_bar(console) as progress:
+        task = progress.add_task("Reading and checking both checkpoints", total=total)
+        digests = []
+        for checkpoint in checkpoints:
+
+            def visit(name: str, chunk: bytes, checkpoint: Checkpoint = checkpoint) -> None:
+                account.check_finite(checkpoint, name, chunk)
+                progress.advance(task, len(chunk))
+
+            digests.append(tensor_digests(checkpoint, visit))
+    return digests
+
+
+def _check_ratios(job: Job) -> None:
+    changed = [
+        name for name, kind in job.kinds.items() if kind is not Kind.EXACT and name not in job.same_bytes
+    ]
+    for option, linear in (("--ratio", True), ("--embedding-ratio", False)):
+        shapes = {name: job.shapes[name] for name in changed if (job.kinds[name] is Kind.LINEAR) == linear}
+        ratio = job.options.ratio if linear else job.options.embedding_ratio
+        check_reachable(option, {n: (s[0], s[1]) for n, s in shapes.items()}, ratio, job.options.recipe.bits)
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with elapsed and remaining time, estimated over hours: one step may take minutes."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+        console=console,
+        speed_estimate_period=6 * 3600,
+    )

@@ -1,0 +1,184 @@
+"""`prinmix verify`: every byte of a delta and its base read, every tensor decoded, errors measured again."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+
+from vllm_prinmix.compress.account import check_settings, check_tensors
+from vllm_prinmix.compress.calibration import draw, load_tokenizer
+from vllm_prinmix.compress.measure import activation_error, quotient, weight_error
+from vllm_prinmix.compress.merge import check_base
+from vllm_prinmix.compress.metrics import hessians
+from vllm_prinmix.compress.model import build_model, expected_tensors, is_tied, read_architecture
+from vllm_prinmix.compress.prepare import progress_bar
+from vllm_prinmix.errors import PrinMixError
+from vllm_prinmix.format.checkpoint import EMBEDDING, FLOATS, Checkpoint, brief
+from vllm_prinmix.format.delta import Delta, read_delta
+from vllm_prinmix.format.digest import sample_digest
+from vllm_prinmix.format.payload import decode
+from vllm_prinmix.format.schema import Exact
+
+# Errors measured again may differ from the recorded ones by rounding and the order of summation, not by more.
+TOLERANCE = 1e-2
+
+Entry = dict[str, Any]
+
+
+def verify(
+    folder: Path, base_source: str, finetuned_source: str | None, calibration: str | None, console: Console
+) -> list[Entry]:
+    """Check a delta against its base, and against the fine-tune and its calibration where they are given.
+
+    Returns one entry per stored tensor: ``name``, ``change`` (||dW^||_F / ||W_base||_F); with a fine-tune
+    ``weight_error`` (||dW - dW^||_F^2 / ||dW||_F^2, 0 for an exact tensor); with calibration too ``error``
+    (||dW X - dW^ X||^2 / ||dW X||^2). Errors are compared with the recorded ones.
+
+    Raises PrinMixError for the first thing that is wrong: a checksum, a digest, a tensor without
+    counterpart, a value that is not finite, an exact or unchanged tensor that is not, another error.
+    """
+    if calibration is not None and finetuned_source is None:
+        raise PrinMixError(
+            "calibration runs on the fine-tune", where="--calibration", fix="give --finetuned too"
+        )
+    delta = read_delta(folder)
+    base = Checkpoint(base_source)
+    _check_names(delta, base)
+    check_base(base, delta, console)
+    if sample_digest(base) != delta.config.base.sample_digest:
+        raise PrinMixError("the recorded sample digest is not the base's", where=folder, fix="compress again")
+    finetuned = None if finetuned_source is None else Checkpoint(finetuned_source)
+    model = None if finetuned is None else _check_finetuned(finetuned, base)
+    entries: dict[str, Entry] = {}
+    with progress_bar(console) as progress:
+        names = [*delta.config.modules, *(delta.config.unchanged if finetuned else [])]
+        task = progress.add_task("Decoding", total=sum(base.tensors[name].numel for name in names))
+        for name in names:
+            if (entry := _check_tensor(delta, base, finetuned, name)) is not None:
+                entries[name] = entry
+            progress.advance(task, base.tensors[name].numel)
+    if calibration is not None and finetuned is not None:
+        _check_errors(delta, base, finetuned, model, calibration, entries, console)
+    return list(entries.values())
+
+
+def _check_names(delta: Delta, base: Checkpoint) -> None:
+    """Every tensor the delta accounts for is in the base, once, in the same shape."""
+    where, config = delta.folder, delta.config
+    if twice := sorted(set(config.modules) & set(config.unchanged)):
+        raise PrinMixError("tensors are both stored and unchanged", where=where, found=brief(twice))
+    if unknown := sorted((set(config.modules) | set(config.unchanged)) - set(base.tensors)):
+        raise PrinMixError("the base has no such tensors", where=where, found=brief(unknown))
+    for name, spec in config.modules.items():
+        if tuple(spec.shape) != base.tensors[name].shape:
+            raise PrinMixError(
+                f"{name} has another shape than in the base",
+                where=where,
+                found=tuple(spec.shape),
+                expected=base.tensors[name].shape,
+            )
+
+
+def _check_finetuned(finetuned: Checkpoint, base: Checkpoint) -> Any:
+    """The fine-tune's model (on the meta device), when the two checkpoints fit each other."""
+    config = read_architecture(finetuned)
+    check_settings(read_architecture(base), config, finetuned.folder)
+    model = build_model(config)
+    check_tensors(finetuned, expected_tensors(model))
+    return model
+
+
+def _check_tensor(delta: Delta, base: Checkpoint, finetuned: Checkpoint | None, name: str) -> Entry | None:
+    """Check one tensor; None for one that is unchanged."""
+    spec = delta.config.modules.get(name)
+    if spec is None:
+        assert finetuned is not None
+        if not torch.equal(base.load(name).float(), finetuned.load(name).float()):
+            raise _wrong(delta, name, "is called unchanged, but base and fine-tune differ")
+        return None
+    weight = base.load(name, torch.float32)
+    if isinstance(spec, Exact):
+        stored = delta.tensors[name]
+        if finetuned is not None and not (
+            FLOATS[finetuned.tensors[name].dtype] == spec.dtype and torch.equal(stored, finetuned.load(name))
+        ):
+            raise _wrong(delta, name, "is not the fine-tune's tensor")
+        entry: Entry = {"name": name, "change": quotient(stored.float() - weight, weight)}
+        return entry if finetuned is None else entry | {"weight_error": 0.0}
+    change = decode(spec, delta.tensors[name]).dense()
+    if not torch.isfinite(change).all():
+        raise _wrong(delta, name, "decodes to NaN or infinite values")
+    entry = {"name": name, "change": quotient(change, weight)}
+    if finetuned is not None:
+        entry["weight_error"] = weight_error(finetuned.load(name, torch.float32).sub_(weight), change)
+        _compare(delta, name, spec.report.get("weight_error"), entry["weight_error"])
+    return entry
+
+
+def _check_errors(
+    delta: Delta,
+    base: Checkpoint,
+    finetuned: Checkpoint,
+    model: Any,
+    source: str,
+    entries: dict[str, Entry],
+    console: Console,
+) -> None:
+    """Run calibration again as it was run and measure every matrix's error on its inputs."""
+    recorded = delta.config.calibration
+    if recorded is None:
+        raise PrinMixError("the delta was made without calibration", where=delta.folder)
+    samples = draw(
+        source,
+        load_tokenizer(finetuned, base),
+        model.config.vocab_size,
+        samples=recorded.samples,
+        sequence_length=recorded.sequence_length,
+        seed=recorded.seed,
+    )
+    same = samples.sha256 == recorded.sha256
+    if not same:
+        console.print(
+            f"{source} gives other samples than the delta was made with: errors are not compared",
+            markup=False,
+        )
+    modules = delta.config.modules
+    wanted = {name for name, spec in modules.items() if not isinstance(spec, Exact)}
+    with progress_bar(console) as progress:
+        task = progress.add_task("Measuring", total=len(wanted))
+        for name, hessian in hessians(model, finetuned, samples.tokens, wanted, torch.device("cpu")):
+            spec = modules[name]
+            assert not isinstance(spec, Exact)
+            dw = finetuned.load(name, torch.float32).sub_(base.load(name))
+            decoded = decode(spec, delta.tensors[name]).dense()
+            if name == EMBEDDING and not is_tied(model):
+                dw, decoded = dw.T, decoded.T
+            entries[name]["error"] = activation_error(dw, decoded, hessian)
+            if same:
+                _compare(delta, name, spec.report.get("error"), entries[name]["error"])
+            progress.advance(task)
+
+
+def _compare(delta: Delta, name: str, recorded: Any, measured: float) -> None:
+    if recorded is not None and not math.isclose(recorded, measured, rel_tol=TOLERANCE):
+        raise _wrong(delta, name, f"has error {measured:.6g}, recorded is {recorded:.6g}")
+
+
+def _wrong(delta: Delta, name: str, what: str) -> PrinMixError:
+    return PrinMixError(f"{name} {what}", where=delta.folder, fix="compress the fine-tune again")
+
+
+def show(entries: list[Entry], console: Console) -> None:
+    """One row per stored tensor; the errors that were measured."""
+    columns = {"change": "size of the change / base", "weight_error": "error of weights", "error": "error"}
+    shown = [key for key in columns if any(key in entry for entry in entries)]
+    table = Table(Column("tensor", no_wrap=True), *(columns[key] for key in shown))
+    for entry in entries:
+        name = entry["name"].removeprefix("model.").removesuffix(".weight")
+        table.add_row(name, *(f"{entry[key]:.3g}" if key in entry else "" for key in shown))
+    console.print(table)
