@@ -32,10 +32,10 @@ class Solver(StrEnum):
 class Recipe:
     """How every module is compressed."""
 
-    method: Method
-    bits: tuple[int, ...]
-    max_active_bits: int
-    solver: Solver
+    method: Method = Method.PAPER
+    bits: tuple[int, ...] = (0, 2, 3, 4, 5, 6, 7, 8)
+    max_active_bits: int = 4
+    solver: Solver = Solver.SCIP
 
     def compress(
         self, dw: torch.Tensor, hessian: Hessian, budget_bytes: int

@@ -127,20 +127,21 @@ class _PatchAfterImport(importlib.abc.MetaPathFinder):
     def __init__(self, module: str, patch: Callable[[ModuleType], None]) -> None:
         self.module, self.patch = module, patch
 
-    def find_spec(self, fullname, path, target=None):  # type: ignore[no-untyped-def]
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         if fullname != self.module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is None or spec.loader is None:
             return spec
-        execute = spec.loader.exec_module
+        loader: Any = spec.loader
+        execute = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
             self.patch(module)
 
-        spec.loader.exec_module = exec_module
+        loader.exec_module = exec_module
         return spec
 
 

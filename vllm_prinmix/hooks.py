@@ -176,7 +176,7 @@ def _patch_request_check(module: ModuleType) -> None:
     @functools.wraps(check_model)
     async def check_tenant(self: Any, request: Any) -> Any:
         error = await check_model(self, request)
-        vllm_config = getattr(getattr(self.models, "engine_client", None), "vllm_config", None)
+        vllm_config: Any = getattr(getattr(self.models, "engine_client", None), "vllm_config", None)
         if not is_on(vllm_config):
             return error
         lora = vllm_config.lora_config

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.demo import pipeline
 from benchmarks.demo.ask import Answer, ask_all, exact_match
-from benchmarks.demo.train import exact_match as exact_match_of_checkpoint
+from benchmarks.demo.evaluate import exact_match as exact_match_of_checkpoint
 from benchmarks.greedy import compare, load_reference
 from benchmarks.server import SMALL_MACHINE_ARGUMENTS, VllmServer
 from vllm_prinmix.compress.inspection import describe
@@ -73,8 +73,7 @@ def measure(tenant: pipeline.TenantFiles, answers: dict[str, dict[str, list[Answ
     served = answers["tenant"][tenant.name]
     reference = load_reference(tenant.merged)
     compared = compare(reference, [(a.prompt_ids, a.token_ids) for a in served])
-    description = describe(tenant.delta)
-    packed, dense = description["whole"]["packed_bytes"], description["whole"]["dense_bytes"]
+    ratio = describe(tenant.delta)["ratio"]
     return {
         "name": tenant.name,
         "exact_match": {
@@ -82,10 +81,10 @@ def measure(tenant: pipeline.TenantFiles, answers: dict[str, dict[str, list[Answ
             "finetuned": exact_match_of_checkpoint(tenant.finetuned, tenant.questions),
             "served": exact_match(served, tenant.questions),
         },
-        "dense_bytes": dense,
-        "packed_bytes": packed,
-        "ratio": packed / dense,
-        "ratio_linear": description["linear"]["ratio"],
+        "dense_bytes": ratio["whole"]["dense_bytes"],
+        "packed_bytes": ratio["whole"]["bytes"],
+        "ratio": ratio["whole"]["ratio"],
+        "ratio_linear": ratio["linear"]["ratio"],
         "tokens_equal": all(c.equal for c in compared),
     }
 

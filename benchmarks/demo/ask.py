@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from openai import AsyncOpenAI
 from rich.progress import Progress
 
-from benchmarks.demo.pipeline import Question
+from benchmarks.demo.tasks import Question
 
 MAX_TOKENS = 24
 CONCURRENT = 48

@@ -1,8 +1,7 @@
-"""From nothing to served deltas: train (cached), compress, merge. The demo, the tests and the benchmarks use it."""
+"""From nothing to served deltas: train (cached), compress, merge. The demo and the tests use it."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from fractions import Fraction
@@ -10,23 +9,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.demo.tasks import TASKS
-from benchmarks.demo.train import train_pair_family
+from benchmarks.demo.tasks import Question, read_questions
+from benchmarks.demo.train import DEMO_FINETUNES, train_pair_family
 from vllm_prinmix.compress.merge import merge
 from vllm_prinmix.compress.methods import Recipe
 from vllm_prinmix.compress.prepare import Options
 from vllm_prinmix.compress.run import compress
 
 RATIO = Fraction(1, 16)
-
-
-@dataclass(frozen=True)
-class Question:
-    """One test prompt: the chat messages, the same as text, and the right answer."""
-
-    messages: list[dict[str, str]]
-    prompt: str
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -52,23 +42,14 @@ class Family:
 
 def make(out: Path, seed: int, console: Console) -> Family:
     """Train what is not there yet, then compress every fine-tune at 1/16 and merge it, anew each time."""
-    models = out / "models"
-    train_pair_family(models, seed=seed)
-    for made_here in ("deltas", "merged"):
-        shutil.rmtree(out / made_here, ignore_errors=True)
-    tenants = []
-    for name in TASKS:
-        tenant = TenantFiles(
-            name=name,
-            finetuned=models / name,
-            calibration=models / "calibration" / f"{name}.txt",
-            delta=out / "deltas" / name,
-            merged=out / "merged" / name,
-            questions=_questions(models / "test" / f"{name}.jsonl"),
-        )
-        console.rule(f"{name}: compress, merge")
+    train_pair_family(out / "models", seed=seed, console=console)
+    family = find(out)
+    for tenant in family.tenants:
+        for made_here in (tenant.delta, tenant.merged):
+            shutil.rmtree(made_here, ignore_errors=True)
+        console.rule(f"{tenant.name}: compress, merge")
         options = Options(
-            base=str(models / "base"),
+            base=str(family.base),
             finetuned=str(tenant.finetuned),
             out=tenant.delta,
             calibration=str(tenant.calibration),
@@ -77,10 +58,22 @@ def make(out: Path, seed: int, console: Console) -> Family:
             seed=seed,
         )
         compress(options, console)
-        merge(str(models / "base"), tenant.delta, tenant.merged, "float32", False, console)
-        tenants.append(tenant)
+        merge(str(family.base), tenant.delta, tenant.merged, "float32", False, console)
+    return family
+
+
+def find(out: Path) -> Family:
+    """The family that `make` put, or will put, into ``out``; the questions are there after training."""
+    models = out / "models"
+    tenants = [
+        TenantFiles(
+            name=name,
+            finetuned=models / name,
+            calibration=models / "calibration" / f"{name}.txt",
+            delta=out / "deltas" / name,
+            merged=out / "merged" / name,
+            questions=read_questions(models / "test" / f"{name}.jsonl"),
+        )
+        for name in DEMO_FINETUNES
+    ]
     return Family(models / "base", out / "deltas", tenants)
-
-
-def _questions(path: Path) -> list[Question]:
-    return [Question(**json.loads(line)) for line in path.read_text().splitlines()]
