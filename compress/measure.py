@@ -8,20 +8,33 @@ import torch
 
 from vllm_prinmix.compress.hessian import Hessian
 
+ROWS = 8192  # at once, so that the error of an lm_head needs no further matrices of its size
+
 
 def activation_error(dw: torch.Tensor, decoded: torch.Tensor, hessian: Hessian) -> float:
     """||dW X - dW^ X||_F^2 / ||dW X||_F^2 with H = X X^T, of two float32 [rows, cols] (Eq. 1); 0 / 0 is 0."""
-    over, under = hessian.norm(dw - decoded).sum().item(), hessian.norm(dw).sum().item()
-    return over / under if under else (0.0 if not over else math.inf)
+    over = under = 0.0
+    for a, b in zip(dw.split(ROWS), decoded.split(ROWS), strict=True):
+        over += hessian.norm(a - b).sum().item()
+        under += hessian.norm(a).sum().item()
+    return _quotient(over, under)
 
 
 def weight_error(dw: torch.Tensor, decoded: torch.Tensor) -> float:
     """||dW - dW^||_F^2 / ||dW||_F^2 of two float32 [rows, cols]: the error whatever the inputs are."""
-    return quotient(dw - decoded, dw) ** 2
+    over = sum(_square(a - b) for a, b in zip(dw.split(ROWS), decoded.split(ROWS), strict=True))
+    return _quotient(over, sum(map(_square, dw.split(ROWS))))
 
 
-def quotient(a: torch.Tensor, b: torch.Tensor) -> float:
-    """||a||_F / ||b||_F, summed in float64; 0 / 0 is 0."""
-    over = torch.linalg.vector_norm(a, dtype=torch.float64).item()
-    under = torch.linalg.vector_norm(b, dtype=torch.float64).item()
+def relative_size(change: torch.Tensor, weight: torch.Tensor) -> float:
+    """||change||_F / ||weight||_F of two float32 tensors of one shape."""
+    return math.sqrt(_quotient(*(sum(map(_square, t.split(ROWS))) for t in (change, weight))))
+
+
+def _square(part: torch.Tensor) -> float:
+    return torch.linalg.vector_norm(part, dtype=torch.float64).item() ** 2
+
+
+def _quotient(over: float, under: float) -> float:
+    """0 / 0 is 0."""
     return over / under if under else (0.0 if not over else math.inf)

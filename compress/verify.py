@@ -12,7 +12,7 @@ from rich.table import Column, Table
 
 from vllm_prinmix.compress.account import check_settings, check_tensors
 from vllm_prinmix.compress.calibration import draw, load_tokenizer
-from vllm_prinmix.compress.measure import activation_error, quotient, weight_error
+from vllm_prinmix.compress.measure import activation_error, relative_size, weight_error
 from vllm_prinmix.compress.merge import check_base
 from vllm_prinmix.compress.metrics import hessians
 from vllm_prinmix.compress.model import build_model, expected_tensors, is_tied, read_architecture
@@ -108,12 +108,12 @@ def _check_tensor(delta: Delta, base: Checkpoint, finetuned: Checkpoint | None, 
             FLOATS[finetuned.tensors[name].dtype] == spec.dtype and torch.equal(stored, finetuned.load(name))
         ):
             raise _wrong(delta, name, "is not the fine-tune's tensor")
-        entry: Entry = {"name": name, "change": quotient(stored.float() - weight, weight)}
+        entry: Entry = {"name": name, "change": relative_size(stored.float() - weight, weight)}
         return entry if finetuned is None else entry | {"weight_error": 0.0}
     change = decode(spec, delta.tensors[name]).dense()
     if not torch.isfinite(change).all():
         raise _wrong(delta, name, "decodes to NaN or infinite values")
-    entry = {"name": name, "change": quotient(change, weight)}
+    entry = {"name": name, "change": relative_size(change, weight)}
     if finetuned is not None:
         entry["weight_error"] = weight_error(finetuned.load(name, torch.float32).sub_(weight), change)
         _compare(delta, name, spec.report.get("weight_error"), entry["weight_error"])

@@ -114,7 +114,8 @@ def _add_linear(y: torch.Tensor, x: torch.Tensor, site: int, batch: Rows) -> Non
         outputs = torch.zeros(rows.numel(), y.shape[1], dtype=torch.float32, device=y.device)
         for part, width in zip(delta.parts, sites[site].widths, strict=True):
             if part is not None:
-                outputs[:, start : start + width] = cpu.linear(inputs, part)
+                # Fewer rows than the slice where the vocabulary is padded.
+                outputs[:, start : start + part.rows.length] = cpu.linear(inputs, part)
             start += width
         if delta.bias is not None:
             outputs += delta.bias

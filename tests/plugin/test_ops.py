@@ -60,6 +60,16 @@ def test_linear_of_a_packed_layer(dtype: torch.dtype) -> None:
     assert relative_error(y[b], before[b].double() + torch.cat(parts, dim=1)) < bound
 
 
+def test_a_padded_vocabulary_gets_nothing_in_its_padding() -> None:
+    delta = random_factors(40, COLS, 6, (3,), seed=0)
+    ops.sites.append(Site((64,), [SiteDelta(parts=[pack(delta)])]))
+    ops.step.samples = rows((0, [0, 1]))
+    x, y = inputs(2, COLS), torch.zeros(2, 64)
+    torch.ops.prinmix.logits_(y, x, 0)
+    assert relative_error(y[:, :40], reference.linear(x, delta)) < 1e-6
+    assert torch.equal(y[:, 40:], torch.zeros(2, 24))
+
+
 def test_no_tenants_change_nothing() -> None:
     ops.sites.append(Site((8,), [SiteDelta(parts=[pack(random_factors(8, COLS, 3, (2,), seed=0))])]))
     y = inputs(3, 8)

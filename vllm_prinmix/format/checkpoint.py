@@ -159,7 +159,7 @@ def _scan(folder: Path) -> dict[str, StoredTensor]:
         raise _no_weights(folder)
     index = folder / INDEX
     weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise PrinMixError("the index has no weight_map", where=index)
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
