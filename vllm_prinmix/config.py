@@ -72,14 +72,20 @@ def install(vllm_config: Any, options: Options) -> None:
 
 def _refuse_unsupported(vllm_config: Any) -> None:
     """Combinations that would be silently wrong are refused at start."""
-    parallel = vllm_config.parallel_config
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
     reasons = {
         "speculative decoding": vllm_config.speculative_config is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "a pooling model": vllm_config.model_config.runner_type != "generate",
-        "a multimodal model": vllm_config.model_config.is_multimodal_model,
+        "a pooling model": model.runner_type != "generate",
+        "a multimodal model": model.is_multimodal_model,
+        "a head in another dtype than the model": model.head_dtype != model.dtype,
         "--fully-sharded-loras": vllm_config.lora_config.fully_sharded_loras,
     }
+    if not resolve("current_platform").is_cpu() and not model.enforce_eager:
+        raise PrinMixError(
+            "on a GPU, PrinMix runs without CUDA graphs and compilation only, until its kernels are there",
+            fix="add --enforce-eager",
+        )
     for what, present in reasons.items():
         if present:
             raise PrinMixError(

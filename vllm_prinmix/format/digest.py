@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 from vllm_prinmix.format.checkpoint import Checkpoint
 
@@ -16,6 +17,7 @@ Visitor = Callable[[str, bytes], None]
 
 PIECES = 64
 PIECE_BYTES = 64
+READERS = 32
 
 
 def tensor_digests(checkpoint: Checkpoint, visit: Visitor = lambda name, chunk: None) -> dict[str, str]:
@@ -55,15 +57,20 @@ def sample_digest(checkpoint: Checkpoint) -> str:
     The sample is the 64 pieces of 64 bytes that begin at ``i * (nbytes - 64) // 63``, i = 0 to 63, so the
     first and the last bytes belong to it; a tensor of at most 4096 bytes is read whole.
     """
-    digests = {}
-    for name, stored in checkpoint.tensors.items():
-        digest = hashlib.sha256()
-        if stored.nbytes <= PIECES * PIECE_BYTES:
-            digest.update(checkpoint.read(name))
-        else:
-            with stored.file.open("rb", buffering=0) as file:
-                for i in range(PIECES):
-                    file.seek(stored.begin + i * (stored.nbytes - PIECE_BYTES) // (PIECES - 1))
-                    digest.update(file.read(PIECE_BYTES))
-        digests[name] = digest.hexdigest()
-    return combine(checkpoint, digests)
+    # Small reads wait for the disk, not for the processor: many at once take a fraction of the time.
+    with ThreadPoolExecutor(READERS) as readers:
+        digests = readers.map(lambda name: _sample(checkpoint, name), checkpoint.tensors)
+        return combine(checkpoint, dict(zip(checkpoint.tensors, digests, strict=True)))
+
+
+def _sample(checkpoint: Checkpoint, name: str) -> str:
+    stored = checkpoint.tensors[name]
+    digest = hashlib.sha256()
+    if stored.nbytes <= PIECES * PIECE_BYTES:
+        digest.update(checkpoint.read(name))
+    else:
+        with stored.file.open("rb", buffering=0) as file:
+            for i in range(PIECES):
+                file.seek(stored.begin + i * (stored.nbytes - PIECE_BYTES) // (PIECES - 1))
+                digest.update(file.read(PIECE_BYTES))
+    return digest.hexdigest()
