@@ -30,8 +30,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def demo_results() -> dict:
+def demo_results(request: pytest.FixtureRequest) -> dict:
     """results.json of `make demo`, run as a user runs it."""
+    if request.config.getoption("--reuse-demo"):
+        return json.loads((DEMO / "results.json").read_text())
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.demo", "--out", str(DEMO)],
         cwd=ROOT,
