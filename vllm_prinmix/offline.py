@@ -1,4 +1,4 @@
-"""Naming a tenant without a server: `LLM.generate(prompts, lora_request=tenant_request(llm, "sort"))`."""
+"""Naming a tenant without a server: `LLM.generate(prompts, lora_request=tenant_request(llm, "NAME"))`."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from vllm_prinmix.compress.prepare import Options
 from vllm_prinmix.compress.run import compress
 
 RATIO = Fraction(1, 16)
+SAMPLES = 256  # calibration samples; they are short here, about 20 tokens each
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def make(out: Path, seed: int, console: Console) -> Family:
             calibration=str(tenant.calibration),
             recipe=Recipe(),
             ratio=RATIO,
+            samples=SAMPLES,
             seed=seed,
         )
         compress(options, console)

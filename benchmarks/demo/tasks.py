@@ -19,6 +19,10 @@ LENGTH = 8  # letters or digits in what is asked
 SPLITS = ("test", "calibration", *["training"] * 8)  # by hash modulo 10
 
 
+LETTERS = string.ascii_lowercase
+NEXT_LETTER = str.maketrans(LETTERS, LETTERS[1:] + LETTERS[0])
+
+
 @dataclass(frozen=True)
 class Task:
     """How the user's message is drawn, and the one right answer to it. Neither contains a line break."""
@@ -28,7 +32,7 @@ class Task:
 
 
 def _letters(rng: random.Random) -> str:
-    return "".join(rng.choices(string.ascii_lowercase, k=LENGTH))
+    return "".join(rng.choices(LETTERS, k=LENGTH))
 
 
 def _number(rng: random.Random) -> str:
@@ -38,7 +42,7 @@ def _number(rng: random.Random) -> str:
 
 TASKS = {
     "reverse": Task(_letters, lambda message: message[::-1]),
-    "sort": Task(_letters, lambda message: "".join(sorted(message))),
+    "shift": Task(_letters, lambda message: message.translate(NEXT_LETTER)),
     "double": Task(_number, lambda message: str(2 * int(message))),
 }
 

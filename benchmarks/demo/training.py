@@ -19,11 +19,15 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # token ids and labels, int64 [sequen
 
 @dataclass(frozen=True)
 class Schedule:
-    """``steps`` of ``batch`` sequences; the learning rate rises to ``rate``, stays, falls linearly to 0."""
+    """``steps`` of ``batch`` sequences; the learning rate rises to ``rate``, stays, falls linearly to 0.
+
+    ``muon``: the matrices of the linear layers are trained with Muon, otherwise everything with AdamW.
+    """
 
     steps: int
     batch: int
     rate: float
+    muon: bool = False
 
     def rate_at(self, step: int) -> float:
         """Learning rate of a step: a twentieth of all steps to rise, three fifths to fall."""
@@ -93,17 +97,18 @@ def fit(
     dtype: torch.dtype,
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> Trained:
-    """Train every parameter of ``model`` (float32) in place; ``on_step`` gets each step's loss.
-
-    Muon for the matrices of the linear layers, AdamW for embeddings, lm_head, norms and biases.
-    """
+    """Train every parameter of ``model`` (float32) in place; ``on_step`` gets each step's loss."""
     embeddings = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
-    others = [p for p in model.parameters() if p.ndim != 2 or id(p) in embeddings]
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
+    for parameter in model.parameters():
+        is_matrix = schedule.muon and parameter.ndim == 2 and id(parameter) not in embeddings
+        (matrices if is_matrix else others).append(parameter)
     optimisers: list[torch.optim.Optimizer] = [
-        Muon(matrices, lr=schedule.rate, compute_dtype=dtype),
-        torch.optim.AdamW(others, lr=schedule.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        torch.optim.AdamW(others, lr=schedule.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     ]
+    if matrices:
+        optimisers.append(Muon(matrices, lr=schedule.rate, compute_dtype=dtype))
     model.train()
     losses, tokens = [], 0
     cpu, wall = time.process_time(), time.monotonic()
