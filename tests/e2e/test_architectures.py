@@ -24,7 +24,12 @@ from vllm_prinmix.compress.run import compress
 
 @pytest.mark.parametrize(
     ("architecture", "tied"),
-    [("qwen3", True), ("llama", False), ("mistral", False), ("qwen2", True)],
+    [
+        ("qwen3", True),
+        ("llama", False),
+        pytest.param("mistral", False, marks=pytest.mark.slow),
+        pytest.param("qwen2", True, marks=pytest.mark.slow),
+    ],
     ids=lambda value: value if isinstance(value, str) else ("tied" if value else "untied"),
 )
 def test_served_equals_merged(architecture: str, tied: bool, tmp_path: Path) -> None:

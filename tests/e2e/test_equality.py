@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import httpx
 import pytest
@@ -13,7 +15,7 @@ from benchmarks.greedy import compare
 from benchmarks.server import VllmServer
 from tests.e2e.checks import assert_equal_to_reference
 from tests.e2e.client import complete, complete_together, metric, post
-from tests.e2e.conftest import FLOAT32, prinmix_arguments
+from tests.e2e.conftest import FLOAT32, ROOT, prinmix_arguments
 
 NAMES = ["base", "tenant 0", "tenant 1", "tenant 2"]
 
@@ -93,6 +95,18 @@ def test_models_lists_base_and_tenants(server: VllmServer, family: Family) -> No
     cards = httpx.get(f"{server.url}/v1/models", timeout=30).json()["data"]
     parents = {card["id"]: card["parent"] for card in cards}
     assert parents == {"base": None} | {tenant.name: "base" for tenant in family.tenants}
+
+
+def test_the_arrival_rate_benchmark_runs_against_it(server: VllmServer, family: Family, tmp_path) -> None:
+    command = [sys.executable, "-m", "benchmarks.arrival_rate", "--url", server.url, "--out", str(tmp_path)]
+    load = ["--rate", "2", "--duration", "8", "--popularity", "zipf:1.5"]
+    done = subprocess.run([*command, *load], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["run"]["requests"] == report["run"]["completed"] > 0
+    assert report["run"]["ttft_s"]["p99"] <= report["run"]["e2e_s"]["p99"]
+    assert set(report["tenants"]) <= {tenant.name for tenant in family.tenants}
+    assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
 def test_tensor_parallel(
