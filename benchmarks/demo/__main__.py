@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from benchmarks.demo import pipeline
 from benchmarks.demo.ask import Answer, ask_all, exact_match
@@ -32,6 +33,7 @@ def main(
 ) -> None:
     """Train (the first time), compress, serve, ask, and show the result."""
     console = Console()
+    transformers_logging.disable_progress_bar()
     begin = time.monotonic()
     try:
         family = pipeline.make(out, seed, console)
@@ -90,16 +92,27 @@ def measure(tenant: pipeline.TenantFiles, answers: dict[str, dict[str, list[Answ
 
 
 def table(results: dict[str, Any]) -> Table:
-    """The results for people."""
+    """The results for people: exact match in percent, sizes, and whether the served tokens are the merged's."""
     shown = Table(title="Three fine-tunes of one base, served together from packed deltas")
-    for column in ("tenant", "base", "fine-tuned", "served", "dense", "packed", "ratio", "linears", "tokens"):
+    columns = [
+        "tenant",
+        "base %",
+        "tuned %",
+        "served %",
+        "dense MB",
+        "packed MB",
+        "ratio",
+        "linears",
+        "tokens",
+    ]
+    for column in columns:
         shown.add_column(column, justify="left" if column == "tenant" else "right")
     for tenant in results["tenants"]:
         match = tenant["exact_match"]
         shown.add_row(
             tenant["name"],
-            *(f"{100 * match[key]:.1f} %" for key in ("base", "finetuned", "served")),
-            *(f"{tenant[key] / 1e6:.2f} MB" for key in ("dense_bytes", "packed_bytes")),
+            *(f"{100 * match[key]:.1f}" for key in ("base", "finetuned", "served")),
+            *(f"{tenant[key] / 1e6:.2f}" for key in ("dense_bytes", "packed_bytes")),
             *(f"1/{1 / tenant[key]:.1f}" for key in ("ratio", "ratio_linear")),
             "equal" if tenant["tokens_equal"] else "DIFFER",
         )
