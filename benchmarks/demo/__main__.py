@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
@@ -92,19 +93,14 @@ def measure(tenant: pipeline.TenantFiles, answers: dict[str, dict[str, list[Answ
 
 
 def table(results: dict[str, Any]) -> Table:
-    """The results for people: exact match in percent, sizes, and whether the served tokens are the merged's."""
-    shown = Table(title="Three fine-tunes of one base, served together from packed deltas")
-    columns = [
-        "tenant",
-        "base %",
-        "tuned %",
-        "served %",
-        "dense MB",
-        "packed MB",
-        "ratio",
-        "linears",
-        "tokens",
-    ]
+    """The results for people; exact match in percent, and whether the served tokens are the merged's."""
+    shown = Table(
+        title="Three fine-tunes of one base, served together from packed deltas",
+        caption="exact match in %: base, fine-tuned, served; sizes of the whole checkpoint and delta in MB",
+        box=box.SIMPLE,
+        padding=(0, 1),
+    )
+    columns = ["tenant", "base", "tuned", "served", "dense", "packed", "ratio", "linears", "tokens"]
     for column in columns:
         shown.add_column(column, justify="left" if column == "tenant" else "right")
     for tenant in results["tenants"]:
