@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from benchmarks.demo.pipeline import Family
@@ -22,6 +23,7 @@ def mean_kl(reference: torch.Tensor, other: torch.Tensor) -> float:
     return float((reference.exp() * (reference - other)).sum(-1).mean())
 
 
+@pytest.mark.slow
 def test_mean_kl(family: Family, prompts: list[list[int]], references: dict, logs) -> None:
     vocabulary = references["base"].config.vocab_size
     arguments = prinmix_arguments(
