@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+
+# One client for all: each new one reads the system's certificates, 50 ms of work that a busy server on the
+# same few cores can draw out to seconds.
+HTTP = httpx.Client(verify=False, timeout=300)
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Reply:
 
 
 def post(url: str, path: str, body: dict[str, Any]) -> httpx.Response:
-    return httpx.post(f"{url}{path}", json=body, timeout=300)
+    return HTTP.post(f"{url}{path}", json=body)
 
 
 def complete(url: str, model: str, prompt: list[int], tokens: int = 32, prompt_logprobs: int = 1) -> Reply:
@@ -54,10 +59,27 @@ def complete_together(url: str, jobs: list[tuple[str, list[int]]], tokens: int =
         return list(pool.map(lambda job: complete(url, *job, tokens=tokens), jobs))
 
 
-def stream_times(
-    url: str, model: str, prompt: list[int], tokens: int, started: list[float] | None = None
-) -> list[float]:
-    """Seconds from the request to each streamed token; ``started`` gets a mark at the first one."""
+@dataclass
+class Stream:
+    """When a streamed request was sent and when each of its tokens came, in seconds of time.monotonic()."""
+
+    sent: float = 0.0
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def first(self) -> float:
+        """Seconds to the first token."""
+        return self.times[0] - self.sent
+
+    def longest_gap(self, start: float, stop: float) -> float:
+        """The longest wait for a token that overlaps the time from ``start`` to ``stop``, in seconds."""
+        pairs = itertools.pairwise(self.times)
+        return max(later - earlier for earlier, later in pairs if later > start and earlier < stop)
+
+
+def stream(url: str, model: str, prompt: list[int], tokens: int, into: Stream | None = None) -> Stream:
+    """Stream exactly ``tokens`` tokens; ``into`` is filled as they come, for another thread to watch."""
+    found = Stream() if into is None else into
     body = {
         "model": model,
         "prompt": prompt,
@@ -66,21 +88,18 @@ def stream_times(
         "ignore_eos": True,
         "stream": True,
     }
-    times: list[float] = []
-    begin = time.monotonic()
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=300) as response:
+    found.sent = time.monotonic()
+    with HTTP.stream("POST", f"{url}/v1/completions", json=body) as response:
         assert response.status_code == 200, response.read()
         for line in response.iter_lines():
             if line.startswith("data: {"):
-                times.append(time.monotonic() - begin)
-                if started is not None and not started:
-                    started.append(time.monotonic())
-    return times
+                found.times.append(time.monotonic())
+    return found
 
 
 def metric(url: str, name: str) -> float:
     """Sum of a Prometheus counter over its labels."""
-    text = httpx.get(f"{url}/metrics", timeout=30).text
+    text = HTTP.get(f"{url}/metrics").text
     values = [float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name + "{")]
     assert values, f"no metric {name}"
     return sum(values)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import httpx
-
 from benchmarks.demo.pipeline import Family
 from benchmarks.server import SMALL_MACHINE_ARGUMENTS, VllmServer
-from tests.e2e.client import Reply, complete
+from tests.e2e.client import HTTP, Reply, complete
 from tests.e2e.conftest import FLOAT32, prinmix_arguments
 
 
@@ -32,7 +30,7 @@ def test_log_probs_are_bit_identical_and_tokens_equal(
     assert found == expected
 
     with VllmServer(family.base, *plain, log=logs / "plain.log") as running:
-        cards = httpx.get(f"{running.url}/v1/models", timeout=30).json()["data"]
+        cards = HTTP.get(f"{running.url}/v1/models").json()["data"]
         default = ask_base(running, prompts)
     assert [card["id"] for card in cards] == ["base"], "without the flag there are no tenants"
     assert "PrinMix" not in (logs / "plain.log").read_text()

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 
-import httpx
 import pytest
 import torch
 
@@ -14,7 +13,7 @@ from benchmarks.demo.pipeline import Family
 from benchmarks.greedy import compare
 from benchmarks.server import VllmServer
 from tests.e2e.checks import assert_equal_to_reference
-from tests.e2e.client import complete, complete_together, metric, post
+from tests.e2e.client import HTTP, complete, complete_together, metric, post
 from tests.e2e.conftest import FLOAT32, ROOT, prinmix_arguments
 
 NAMES = ["base", "tenant 0", "tenant 1", "tenant 2"]
@@ -84,7 +83,7 @@ def test_streaming_and_chat_answer_like_completions(server: VllmServer, family: 
     assert plain["choices"][0]["text"] == text
     pieces = []
     url = f"{server.url}/v1/chat/completions"
-    with httpx.stream("POST", url, json={**chat, "stream": True}, timeout=60) as response:
+    with HTTP.stream("POST", url, json={**chat, "stream": True}) as response:
         for line in response.iter_lines():
             if line.startswith("data: {"):
                 pieces.append(json.loads(line[6:])["choices"][0]["delta"].get("content") or "")
@@ -92,7 +91,7 @@ def test_streaming_and_chat_answer_like_completions(server: VllmServer, family: 
 
 
 def test_models_lists_base_and_tenants(server: VllmServer, family: Family) -> None:
-    cards = httpx.get(f"{server.url}/v1/models", timeout=30).json()["data"]
+    cards = HTTP.get(f"{server.url}/v1/models").json()["data"]
     parents = {card["id"]: card["parent"] for card in cards}
     assert parents == {"base": None} | {tenant.name: "base" for tenant in family.tenants}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import threading
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import pytest
 from benchmarks.demo.pipeline import Family
 from benchmarks.server import SMALL_MACHINE_ARGUMENTS, VllmServer
 from tests.e2e import slow_loads
-from tests.e2e.client import complete, post, stream_times
+from tests.e2e.client import Stream, complete, post, stream
 from tests.e2e.conftest import FLOAT32
 from vllm_prinmix.format.schema import WEIGHTS_FILE
 
@@ -70,25 +69,21 @@ def error_of(running: Running, tenant: str, **more: object) -> tuple[int, str]:
 
 def test_a_cold_tenant_does_not_stop_a_warm_one(running: Running) -> None:
     prompt = [5, 6, 7, 8]
-    stream_times(running.url, running.warm, prompt, 20)  # warm, and past one-time costs
-    started: list[float] = []
-    warm: list[float] = []
-    thread = threading.Thread(
-        target=lambda: warm.extend(stream_times(running.url, running.warm, prompt, 900, started))
-    )
+    stream(running.url, running.warm, prompt, 20)  # warm, and past one-time costs
+    warm = Stream()
+    thread = threading.Thread(target=lambda: stream(running.url, running.warm, prompt, 900, warm))
     thread.start()
-    while not started:
+    while not warm.times:
         thread.join(0.01)
-    cold = stream_times(running.url, "cold", prompt, 4)
-    during = thread.is_alive()
+    cold = stream(running.url, "cold", prompt, 4)
     thread.join()
-    gaps = [b - a for a, b in itertools.pairwise(warm)]
-    print(f"cold first token {cold[0]:.2f} s; warm longest gap {max(gaps) * 1e3:.0f} ms in {warm[-1]:.1f} s")
-    assert during, "the warm stream ended before the cold tenant answered: nothing was measured"
-    assert cold[0] > LOAD_SECONDS
-    assert max(gaps) < LONGEST_GAP
-    again = stream_times(running.url, "cold", prompt, 4)
-    assert again[0] < LOAD_SECONDS, "now it is in memory"
+    gap = warm.longest_gap(cold.sent, cold.times[0])
+    print(f"cold first token {cold.first:.2f} s; warm longest gap meanwhile {gap * 1e3:.0f} ms")
+    assert warm.times[-1] > cold.times[0], "the warm stream ended first: nothing was measured"
+    assert cold.first > LOAD_SECONDS
+    assert gap < LONGEST_GAP
+    again = stream(running.url, "cold", prompt, 4)
+    assert again.first < LOAD_SECONDS, "now it is in memory"
 
 
 def test_truncated_after_start(running: Running) -> None:
