@@ -54,10 +54,9 @@ def embedding(ids: torch.Tensor, delta: Packed) -> torch.Tensor:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [tokens, hidden] -> RMSNorm(x) in float32, rounded to x's dtype, times weight [hidden]."""
+    """x [tokens, hidden] -> RMSNorm(x) times weight [hidden], in float32, rounded once to x's dtype."""
     wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return wide.to(x.dtype) * weight.to(x.dtype)
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
 def _unpack(data: torch.Tensor, bits: int, directions: int, extent: Extent) -> torch.Tensor:

@@ -72,7 +72,12 @@ class DeltaMethod:
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         y = self._prinmix_base.apply(layer, x, bias)
-        op = torch.ops.prinmix.logits_ if self._prinmix_head else torch.ops.prinmix.linear_
+        op = torch.ops.prinmix.linear_
+        if self._prinmix_head:
+            op = torch.ops.prinmix.logits_
+            if ops.step.tokens.groups:
+                # The sampler's dtype: logits are large, and rounding them to bfloat16 twice would show.
+                y = y.float()
         op(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self._prinmix_site)
         return y
 
@@ -127,7 +132,7 @@ def load_sites(delta: Delta, sites: list[Site], device: torch.device) -> dict[in
                 found.parts.append(None)
             elif isinstance(spec, Exact) and site.kind == "norm":
                 _check_shape(delta, site.parts[i], tensor, tuple(site.module.weight.shape))
-                found.weight = tensor.to(device=device, dtype=site.module.weight.dtype)
+                found.weight = tensor.to(device=device, dtype=torch.float32)
             elif isinstance(spec, Exact) or site.kind == "norm":
                 raise _mismatch(delta, site.parts[i], f"kind {spec.kind}", f"the kind for a {site.kind}")
             else:
