@@ -62,24 +62,36 @@ def _sweep(weight: torch.Tensor, factor: torch.Tensor, grids: list[torch.Tensor]
 
     ``factor`` is unit lower triangular [K, K]; ``grids`` are the scale, zero point and top code, [K, n] each.
     """
-    scale, zero, top = grids
     target = weight.clone()  # w_k + the errors fed back so far
     error = torch.empty_like(weight)
     codes = torch.empty_like(weight, dtype=torch.uint8)
-
-    def visit(start: int, stop: int) -> None:
-        if stop - start > LEAF:
-            middle = (start + stop) // 2
-            with one_thread_if_small(stop - start):
-                visit(middle, stop)
-                target[start:middle].addmm_(factor[middle:stop, start:middle].T, error[middle:stop])
-                visit(start, middle)
-            return
-        for k in range(stop - 1, start - 1, -1):
-            code = round_to_grid(target[k], scale[k], zero[k], top[k])
-            codes[k] = code
-            torch.sub(weight[k], code.sub_(zero[k]).mul_(scale[k]), out=error[k])
-            target[start:k].addcmul_(factor[k, start:k, None], error[k, None])
-
-    visit(0, weight.shape[0])
+    _visit(0, weight.shape[0], weight, target, error, codes, factor, grids)
     return codes
+
+
+def _visit(
+    start: int,
+    stop: int,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    error: torch.Tensor,
+    codes: torch.Tensor,
+    factor: torch.Tensor,
+    grids: list[torch.Tensor],
+) -> None:
+    """Fill ``codes`` and ``error`` of the columns ``start`` to ``stop``, last one first."""
+    # A function of its own: a closure that calls itself is a cycle, and would keep its tensors alive until
+    # Python's garbage collector came by.
+    if stop - start > LEAF:
+        middle = (start + stop) // 2
+        with one_thread_if_small(stop - start):
+            _visit(middle, stop, weight, target, error, codes, factor, grids)
+            target[start:middle].addmm_(factor[middle:stop, start:middle].T, error[middle:stop])
+            _visit(start, middle, weight, target, error, codes, factor, grids)
+        return
+    scale, zero, top = grids
+    for k in range(stop - 1, start - 1, -1):
+        code = round_to_grid(target[k], scale[k], zero[k], top[k])
+        codes[k] = code
+        torch.sub(weight[k], code.sub_(zero[k]).mul_(scale[k]), out=error[k])
+        target[start:k].addcmul_(factor[k, start:k, None], error[k, None])

@@ -20,6 +20,15 @@ def activation_error(dw: torch.Tensor, decoded: torch.Tensor, hessian: Hessian) 
     return _quotient(over, under)
 
 
+def factors_error(dw: torch.Tensor, u: torch.Tensor, sv: torch.Tensor, hessian: Hessian) -> float:
+    """`activation_error` of dW^ = u sv, float32 [rows, n] and [n, cols], which is never whole in memory."""
+    over = under = 0.0
+    for a, b in zip(dw.split(ROWS), u.split(ROWS), strict=True):
+        over += hessian.norm(a - b @ sv).sum().item()
+        under += hessian.norm(a).sum().item()
+    return _quotient(over, under)
+
+
 def weight_error(dw: torch.Tensor, decoded: torch.Tensor) -> float:
     """||dW - dW^||_F^2 / ||dW||_F^2 of two float32 [rows, cols]: the error whatever the inputs are."""
     over = sum(_square(a - b) for a, b in zip(dw.split(ROWS), decoded.split(ROWS), strict=True))

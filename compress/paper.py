@@ -12,6 +12,7 @@ from vllm_prinmix.compress.allocate import allocate
 from vllm_prinmix.compress.gptq import gptq
 from vllm_prinmix.compress.grid import dequantize, minmax_grid
 from vllm_prinmix.compress.hessian import Hessian, require_finite
+from vllm_prinmix.compress.measure import ROWS, activation_error, factors_error
 from vllm_prinmix.compress.rtc import correct_target
 from vllm_prinmix.compress.svd import thin_svd
 from vllm_prinmix.compress.threads import one_thread_if_small
@@ -108,11 +109,7 @@ def _algorithm_1(
 
     widths = torch.tensor(candidate_bits)[torch.from_numpy(allocation.choice)]
     kept = torch.argsort(widths, descending=True, stable=True)[: int((widths > 0).sum())].to(dw.device)
-    total = float(hessian.norm(dw).sum())
-
-    def relative_error(approximation: torch.Tensor) -> float:
-        return float(hessian.norm(dw - approximation).sum()) / total if total else 0.0
-
+    total = sum(float(hessian.norm(part).sum()) for part in dw.split(ROWS))
     if len(kept):
         bits = widths.to(dw.device, torch.uint8)[kept]
         u, sigma, v = u[:, kept], sigma[kept], v[kept]
@@ -120,11 +117,11 @@ def _algorithm_1(
         v_codes = gptq(v, hessian, v_grid)
         sv = sigma[:, None] * dequantize(v_codes, v_grid)
         watch.lap("quantize V")
-        error_v = relative_error(u @ sv)
+        error_v = factors_error(dw, u, sv, hessian)
         watch.lap("report")
         u, metric = correct_target(dw, u, sv, hessian)
         watch.lap("correct U")
-        error_rtc = relative_error(u @ sv)
+        error_rtc = factors_error(dw, u, sv, hessian)
         watch.lap("report")
         u_grid = minmax_grid(u.T, bits)
         u_codes = gptq(u, Hessian(metric), u_grid, per_column=True).T.contiguous()
@@ -138,7 +135,7 @@ def _algorithm_1(
             v_zero=v_grid.zero,
             u_zero=u_grid.zero,
         )
-        error = relative_error(factors.dense())
+        error = activation_error(dw, factors.dense(), hessian)
     else:
         factors = no_directions(rows, cols, dw.device)
         error = error_v = error_rtc = 1.0 if total else 0.0

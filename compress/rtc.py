@@ -6,6 +6,8 @@ import torch
 
 from vllm_prinmix.compress.hessian import DAMPING, Hessian, damped_cholesky
 
+ROWS = 8192  # corrected at once; rows are independent of each other
+
 
 def correct_target(
     dw: torch.Tensor, u: torch.Tensor, sv: torch.Tensor, hessian: Hessian, *, damping: float = DAMPING
@@ -24,9 +26,12 @@ def correct_target(
     projected = hessian.times(sv).T  # H V^^T S, [cols, directions]
     metric = sv @ projected
     metric = (metric + metric.T) / 2
-    gradient = dw @ projected - u @ metric
     diagonal = metric.diagonal().clamp_(min=0)  # rounding can leave what is zero just below it
     # The floor leaves directions without weight on the calibration data (zero diagonal) as they are.
     floor = torch.finfo(torch.float32).eps * diagonal.max()
     lower = damped_cholesky(metric.clone(), damping * diagonal.clamp(min=floor))
-    return u + torch.cholesky_solve(gradient.T, lower).T, metric
+    corrected = torch.empty_like(u)
+    for dw_part, u_part, result in zip(dw.split(ROWS), u.split(ROWS), corrected.split(ROWS), strict=True):
+        gradient = dw_part @ projected - u_part @ metric
+        result.copy_(u_part + torch.cholesky_solve(gradient.T, lower).T)
+    return corrected, metric

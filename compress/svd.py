@@ -6,7 +6,7 @@ import torch
 
 from vllm_prinmix.compress.threads import one_thread_if_small
 
-CHUNK = 8192  # columns converted to float64 at once
+CHUNK = 8192  # columns converted to float64 at once: an lm_head's would not fit
 
 
 def thin_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -19,16 +19,17 @@ def thin_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     rows, cols = matrix.shape
     if rows > cols:
         u, sigma, v = thin_svd(matrix.T)
-        return v.T.contiguous(), sigma, u.T.contiguous()
-    chunks = matrix.split(CHUNK, dim=1)
+        return v.T, sigma, u.T
     gram = torch.zeros(rows, rows, dtype=torch.float64, device=matrix.device)
-    for chunk in chunks:
+    for chunk in matrix.split(CHUNK, dim=1):
         wide = chunk.double()
         gram += wide @ wide.T
     with one_thread_if_small(rows):
         values, vectors = torch.linalg.eigh(gram)
     keep = values > torch.finfo(torch.float64).eps * max(rows, cols) * values[-1]
     u = vectors[:, keep].flip(1)
-    sv = torch.cat([(u.T @ chunk.double()).float() for chunk in chunks], dim=1)
-    sigma = torch.linalg.vector_norm(sv, dim=1, dtype=torch.float64).float()
-    return u.float(), sigma, sv / sigma[:, None]
+    v = torch.empty(u.shape[1], cols, device=matrix.device)
+    for start in range(0, cols, CHUNK):
+        v[:, start : start + CHUNK] = u.T @ matrix[:, start : start + CHUNK].double()
+    sigma = torch.linalg.vector_norm(v, dim=1, dtype=torch.float64).float()
+    return u.float(), sigma, v.div_(sigma[:, None])

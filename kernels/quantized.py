@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 MAX_BITS = 8
+ROWS = 8192  # dequantized at once, so that an lm_head takes no memory beside its dense form
 
 
 @dataclass
@@ -46,8 +47,13 @@ class QuantizedFactors:
 
     def dense(self) -> torch.Tensor:
         """float32 [rows, cols]: the dequantized dW."""
-        weight = (self.u() * self.scale[:, None]).T @ self.v()
-        return weight if self.row_scale is None else weight * self.row_scale.float()[:, None]
+        rows, cols = self.shape
+        weight = torch.empty(rows, cols, device=self.scale.device)
+        scaled_v = self.v() * self.scale[:, None]
+        for start in range(0, rows, ROWS):
+            u = self.u_codes[:, start : start + ROWS].float() - self.u_zero.float()[:, None]
+            torch.mm(u.T, scaled_v, out=weight[start : start + ROWS])
+        return weight if self.row_scale is None else weight.mul_(self.row_scale.float()[:, None])
 
 
 @dataclass

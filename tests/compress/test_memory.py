@@ -97,3 +97,30 @@ def test_twelve_layers_take_hardly_more_memory_than_four(peak_kib) -> None:
     four, twelve = peak_kib(4), peak_kib(12)
     print(f"peak memory: 4 layers {four} KiB, 12 layers {twelve} KiB, ratio {twelve / four:.3f}")
     assert twelve <= 1.2 * four
+
+
+TALL = """
+import torch
+from vllm_prinmix.compress.paper import compress_factors
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+rows, cols = 120_000, 192
+dw = torch.randn(rows, cols, generator=torch.Generator().manual_seed(0))
+before = peak()
+compress_factors(dw, torch.eye(cols), budget_bytes=rows * cols // 2, solver="exact")
+print((peak() - before) * 1024 / dw.nbytes)
+"""
+
+
+def test_an_lm_head_takes_a_few_times_its_own_size() -> None:
+    """In float32, beside the matrix itself: U twice, and pieces."""
+    done = subprocess.run(
+        [sys.executable, "-c", TALL],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    print(f"peak memory beside the matrix: {float(done.stdout):.2f} times its size")
+    assert float(done.stdout) < 5
