@@ -40,17 +40,21 @@ def embedding(ids: torch.Tensor, delta: Packed) -> torch.Tensor:
     if isinstance(delta, PackedMatrix):
         codes = _unpack(delta.codes, delta.bits, delta.rows.length, delta.cols)[ids]
         return (codes - delta.zero.float()[ids][:, None]) * delta.scale[ids][:, None]
-    parts = [_gather(c.u, c.u_bits, c.directions, delta.rows, ids) for c in delta.classes]
-    codes = torch.cat(parts, dim=1) if parts else torch.zeros(ids.shape[0], 0, device=ids.device)
-    t = (codes - delta.u_zero.float()) * delta.scale
-    if delta.row_scale is not None:
-        t = t * delta.row_scale.float()[ids][:, None]
+    t = gather(ids, delta)
     y = -(t @ delta.v_zero.float())[:, None].expand(-1, delta.cols.length).contiguous()
     start = 0
     for c in delta.classes:
         y.addmm_(t[:, start : start + c.directions], _unpack(c.v, c.v_bits, c.directions, delta.cols))
         start += c.directions
     return y
+
+
+def gather(ids: torch.Tensor, delta: PackedFactors) -> torch.Tensor:
+    """ids [tokens] -> t = scale * (q_U - u_zero) of these rows, float32 [tokens, directions]."""
+    parts = [_gather(c.u, c.u_bits, c.directions, delta.rows, ids) for c in delta.classes]
+    codes = torch.cat(parts, dim=1) if parts else torch.zeros(ids.shape[0], 0, device=ids.device)
+    t = (codes - delta.u_zero.float()) * delta.scale
+    return t if delta.row_scale is None else t * delta.row_scale.float()[ids][:, None]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -20,6 +20,7 @@ from torch import nn
 from vllm_prinmix import ops
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format import delta as delta_files
+from vllm_prinmix.kernels import native
 from vllm_prinmix.sites import attach, load_sites
 from vllm_prinmix.tenants import check_version, split_path
 
@@ -34,6 +35,8 @@ class DeltaManager:
 
     def __init__(self, model: nn.Module, slots: int, tied: bool, device: torch.device) -> None:
         self.device = device
+        if device.type == "cpu":
+            native.library()  # compiled at most once per machine, and then not while a request waits
         self.sites = attach(model, slots, tied)
         self._host: dict[int, Loaded] = {}
         self._loading: dict[int, Future[Loaded]] = {}

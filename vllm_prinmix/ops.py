@@ -6,12 +6,13 @@ op gets tensors and the number of its site, and looks the rest up here. One mode
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
 
-from vllm_prinmix.kernels import cpu
-from vllm_prinmix.kernels.packed import Packed
+from vllm_prinmix.kernels import cpu, native
+from vllm_prinmix.kernels.packed import Packed, PackedFactors
 
 
 @dataclass
@@ -21,6 +22,19 @@ class SiteDelta:
     parts: list[Packed | None] = field(default_factory=list)
     bias: torch.Tensor | None = None  # [output rows], to be added to the base's
     weight: torch.Tensor | None = None  # a norm's weight, instead of the base's
+    compiled: native.SiteFactors | None = None  # the parts, as the compiled CPU kernels take them
+
+    def prepare(self, widths: tuple[int, ...], transposed: bool = False) -> None:
+        """Describe the parts for the compiled CPU kernels, where these can do all of them.
+
+        ``widths`` as in `Site`; ``transposed`` for an embedding.
+        """
+        starts = itertools.accumulate(widths[:-1], initial=0)
+        parts = [(part, start) for part, start in zip(self.parts, starts, strict=True) if part is not None]
+        packed = [(part, start) for part, start in parts if isinstance(part, PackedFactors)]
+        on_cpu = all(part.scale.device.type == "cpu" for part, _ in packed)
+        if packed and len(packed) == len(parts) and on_cpu and native.library() is not None:
+            self.compiled = native.SiteFactors(packed, transposed)
 
 
 @dataclass
@@ -89,7 +103,11 @@ def embedding_(y: torch.Tensor, ids: torch.Tensor, site: int) -> None:
         part = delta.parts[0]
         wanted = ids[rows]
         known = (wanted >= 0) & (wanted < part.rows.length)
-        values = cpu.embedding(wanted.clamp(0, part.rows.length - 1), part)
+        inside = wanted.clamp(0, part.rows.length - 1)
+        if delta.compiled is not None and isinstance(part, PackedFactors):
+            values = native.expand(cpu.gather(inside, part), delta.compiled, part.cols.length)
+        else:
+            values = cpu.embedding(inside, part)
         _add(y, rows, values * known[:, None])
 
 
@@ -106,9 +124,13 @@ def norm_(y: torch.Tensor, x: torch.Tensor, site: int, eps: float) -> None:
 
 
 def _add_linear(y: torch.Tensor, x: torch.Tensor, site: int, batch: Rows) -> None:
+    fast = []
     for slot, rows in batch.groups:
         delta = sites[site].slots[slot]
         if delta is None:
+            continue
+        if delta.compiled is not None:
+            fast.append((rows, delta, delta.compiled))
             continue
         inputs, start = x[rows].float(), 0
         outputs = torch.zeros(rows.numel(), y.shape[1], dtype=torch.float32, device=y.device)
@@ -120,6 +142,14 @@ def _add_linear(y: torch.Tensor, x: torch.Tensor, site: int, batch: Rows) -> Non
         if delta.bias is not None:
             outputs += delta.bias
         _add(y, rows, outputs)
+    if fast:
+        together = torch.cat([rows for rows, _, _ in fast])
+        groups = [(factors, rows.numel()) for rows, _, factors in fast]
+        outputs = native.linear(x[together], groups, y.shape[1])
+        for part, (_, delta, _) in zip(outputs.split([n for _, n in groups]), fast, strict=True):
+            if delta.bias is not None:
+                part += delta.bias
+        _add(y, together, outputs)
 
 
 def _add(y: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:

@@ -28,6 +28,7 @@ class Site:
     module: Any  # nn.Module; attributes differ by layer type
     kind: str  # linear, embedding, norm
     parts: tuple[str, ...]
+    head: bool = False
     tied: bool = False  # a head whose weight is the embedding's
 
 
@@ -52,7 +53,7 @@ def attach(model: nn.Module, slots: int, tied: bool) -> list[Site]:
             module.use_fused_embedding = False  # a CUDA path that would go past quant_method
             widths = (module.num_embeddings_per_partition,)
             _wrap(module, number, head=is_head)
-            sites.append(Site(number, module, "embedding", parts, tied=is_head and tied))
+            sites.append(Site(number, module, "embedding", parts, head=is_head, tied=is_head and tied))
         elif isinstance(module, resolve("RMSNorm")):
             widths = (0,)
             _wrap_norm(module, number)
@@ -139,6 +140,10 @@ def load_sites(delta: Delta, sites: list[Site], device: torch.device) -> dict[in
                 found.parts.append(_cut(delta, site, i, spec, tensor).to(device))
         if any(tensor is not None for _, tensor in biases):
             found.bias = _bias(delta, site, [tensor for _, tensor in biases], device)
+        if site.kind != "norm":
+            found.prepare(
+                ops.sites[site.number].widths, transposed=site.kind == "embedding" and not site.head
+            )
         loaded[site.number] = found
     if unused:
         names_left = sorted(unused)

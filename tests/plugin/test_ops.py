@@ -28,8 +28,9 @@ def inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_linear_of_a_packed_layer(dtype: torch.dtype) -> None:
+def test_linear_of_a_packed_layer(dtype: torch.dtype, compiled: bool) -> None:
     """Three slices (q, k, v), of which tenant 1 lacks the second; a bias; a tenant without the site."""
     widths = (64, 32, 32)
     first = [random_factors(w, COLS, 9, (2, 3), seed=w + i) for i, w in enumerate(widths)]
@@ -45,6 +46,9 @@ def test_linear_of_a_packed_layer(dtype: torch.dtype) -> None:
             ],
         )
     )
+    for delta in ops.sites[0].slots[:2] if compiled else []:
+        delta.prepare(widths)
+        assert delta.compiled is not None
     ops.step.tokens = rows((0, [1, 4, 5]), (1, [2]), (2, [3]))
     x, y = inputs(7, COLS).to(dtype), inputs(7, 128, seed=1).to(dtype)
     before = y.clone()
@@ -78,9 +82,14 @@ def test_no_tenants_change_nothing() -> None:
     assert torch.equal(y, before)
 
 
-def test_embedding_adds_nothing_outside_the_table() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_embedding_adds_nothing_outside_the_table(compiled: bool) -> None:
     delta = random_factors(50, COLS, 6, (3,), seed=0)
-    ops.sites.append(Site((50,), [SiteDelta(parts=[pack(delta)])]))
+    found = SiteDelta(parts=[pack(delta)])
+    if compiled:
+        found.prepare((50,), transposed=True)
+        assert found.compiled is not None
+    ops.sites.append(Site((50,), [found]))
     ops.step.tokens = rows((0, [0, 1, 3]))
     y = torch.zeros(4, COLS)
     torch.ops.prinmix.embedding_(y, torch.tensor([49, 63, 7, 0]), 0)
