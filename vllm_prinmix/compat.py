@@ -36,7 +36,9 @@ INTERNALS: dict[str, Internal] = {
     "EngineArgs": Internal(
         ("vllm.engine.arg_utils:EngineArgs",), attributes=("add_cli_args", "create_engine_config")
     ),
-    "LoRAConfig": Internal(("vllm.config.lora:LoRAConfig",), attributes=("compute_hash",)),
+    "LoRAConfig": Internal(
+        ("vllm.config.lora:LoRAConfig",), attributes=("compute_hash", "verify_with_model_config")
+    ),
     "LoRARequest": Internal(("vllm.lora.request:LoRARequest",)),
     "config_decorator": Internal(("vllm.config.utils:config",)),
     "current_platform": Internal(("vllm.platforms:current_platform",)),

@@ -35,15 +35,21 @@ class PrinMixConfig(LoRAConfig):
 
 
 def install(vllm_config: Any, options: Options) -> None:
-    """Put a PrinMixConfig and our scheduler into a VllmConfig made with enable_lora.
+    """Put a PrinMixConfig and our scheduler into a VllmConfig, made without LoRA on the CPU.
 
     Scans the deltas; raises PrinMixError for what cannot be served together with deltas.
     """
-    _refuse_unsupported(vllm_config)
     model = vllm_config.model_config
+    if vllm_config.lora_config is None:
+        vllm_config.lora_config = LoRAConfig(
+            max_loras=options.max_deltas, max_cpu_loras=options.host_capacity
+        )
+        vllm_config.lora_config.verify_with_model_config(model)
+    _refuse_unsupported(vllm_config)
     served = model.served_model_name
     reserved = [served] if isinstance(served, str) else list(served or [model.model])
-    tenants, skipped = scan(options.deltas, model.model, reserved)
+    dummy = vllm_config.load_config.load_format == "dummy"
+    tenants, skipped = scan(options.deltas, model.model, reserved, dummy)
     for name, error in skipped.items():
         logger.warning("PrinMix: %s is not served: %s", name, error)
     packed = sum(t.packed_bytes for t in tenants)

@@ -100,12 +100,10 @@ def _wrap_norm(norm: Any, number: int) -> None:
     base = norm._forward_method
 
     def forward(x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-        # The base op may work in place on x. With a residual its second output, x + residual, is what it
-        # normalised; without one a copy is kept, which only batches with tenants pay for.
+        # What is normalised is x, which the base op leaves as it is, or x + residual, its second output.
         if residual is None:
-            source = x.clone() if ops.step.tokens.groups else x
             y = base(x)
-            torch.ops.prinmix.norm_(y, source, number, norm.variance_epsilon)
+            torch.ops.prinmix.norm_(y, x, number, norm.variance_epsilon)
             return y
         y, summed = base(x, residual)
         torch.ops.prinmix.norm_(y, summed, number, norm.variance_epsilon)

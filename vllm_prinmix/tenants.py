@@ -10,7 +10,7 @@ from pathlib import Path
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format import delta
 from vllm_prinmix.format.checkpoint import Checkpoint
-from vllm_prinmix.format.digest import sample_digest
+from vllm_prinmix.format.digest import GENERATED, generated_digest, sample_digest
 
 # vLLM warms up with adapter ids 1, 2, ...; ours stay clear of them.
 FIRST_ID = 1024
@@ -66,11 +66,12 @@ def split_path(path: str) -> tuple[Path, str]:
 
 
 def scan(
-    deltas: str | Path, base: str, reserved: Iterable[str]
+    deltas: str | Path, base: str, reserved: Iterable[str], dummy: bool = False
 ) -> tuple[list[Tenant], dict[str, PrinMixError]]:
     """The tenants among the folders of ``deltas``, sorted by name, and why each other folder was skipped.
 
-    ``base`` is the served checkpoint, ``reserved`` the names that it is served under.
+    ``base`` is the served checkpoint, ``reserved`` the names that it is served under; ``dummy`` says that it
+    has random weights (`--load-format dummy`), to which only generated deltas belong.
     Raises PrinMixError when ``deltas`` is not a folder or holds no servable delta at all.
     """
     root = Path(deltas)
@@ -81,7 +82,7 @@ def scan(
             expected="a folder with one delta folder per tenant",
             fix="make deltas with `prinmix compress --out DIR/NAME`",
         )
-    digest = sample_digest(Checkpoint(base))
+    digest = generated_digest(Checkpoint(base, weights=False)) if dummy else sample_digest(Checkpoint(base))
     tenants: list[Tenant] = []
     skipped: dict[str, PrinMixError] = {}
     for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
@@ -129,6 +130,8 @@ def _check(folder: Path, base: str, digest: str, reserved: set[str]) -> Tenant:
             where=folder,
             found=f"made from {config.base.name}, {config.base.sample_digest}",
             expected=f"{base}, {digest}",
-            fix="serve the base that it was made from, or compress against this one",
+            fix="serve the base without weights, with --load-format dummy"
+            if config.base.sample_digest.startswith(GENERATED)
+            else "serve the base that it was made from, or compress against this one",
         )
     return Tenant(folder.name, str(folder.resolve()), delta.version(folder), config.weights.bytes)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tests.format.deltas import write_small_delta
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format.checkpoint import Checkpoint
-from vllm_prinmix.format.digest import sample_digest
+from vllm_prinmix.format.digest import generated_digest, sample_digest
 from vllm_prinmix.format.schema import CONFIG_FILE, WEIGHTS_FILE
 from vllm_prinmix.tenants import FIRST_ID, Tenant, check_files, scan, split_path
 
@@ -99,3 +99,19 @@ def test_files_that_change_after_start(deltas: Path, base: Path, tmp_path: Path)
     (deltas / "a" / CONFIG_FILE).unlink()
     with pytest.raises(PrinMixError, match="not a delta folder"):
         check_files(tenant)
+
+
+def test_generated_deltas_and_bases_without_weights_belong_together(
+    base: Path, deltas: Path, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text((base / "config.json").read_text())
+    digest = generated_digest(Checkpoint(empty, weights=False))
+    write_small_delta(deltas / "generated", digest, seed=9)
+    tenants, skipped = scan(deltas, str(empty), ["base"], dummy=True)
+    assert [t.name for t in tenants] == ["generated"]
+    assert set(skipped) == {"a", "b", "c"}
+    tenants, skipped = scan(deltas, str(base), ["base"])
+    assert [t.name for t in tenants] == ["a", "b", "c"]
+    assert "with --load-format dummy" in str(skipped["generated"])

@@ -59,16 +59,17 @@ class StoredTensor:
 class Checkpoint:
     """An opened checkpoint: ``config`` (config.json) and ``tensors`` by name; bytes are read on demand.
 
-    ``source`` is a folder, or the id of a model that is already in the local Hugging Face cache.
+    ``source`` is a folder, or the id of a model that is already in the local Hugging Face cache. Without
+    ``weights`` only the config is read, and there are no tensors.
 
     Raises PrinMixError where the folder, config.json, a shard or an index entry is missing, a file is
     truncated or not safetensors, or the weights are pickled.
     """
 
-    def __init__(self, source: str | Path) -> None:
+    def __init__(self, source: str | Path, weights: bool = True) -> None:
         self.folder = resolve_folder(source)
         self.config: dict[str, Any] = _read_json(self.folder / "config.json")
-        self.tensors: dict[str, StoredTensor] = _scan(self.folder)
+        self.tensors: dict[str, StoredTensor] = _scan(self.folder) if weights else {}
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         """``length`` raw bytes of a tensor from its byte ``start`` on (default: to its end)."""

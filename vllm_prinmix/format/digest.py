@@ -8,6 +8,7 @@ over a fixed sample of them (`sample_digest`). Both are written as ``sha256:`` a
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -61,6 +62,15 @@ def sample_digest(checkpoint: Checkpoint) -> str:
     with ThreadPoolExecutor(READERS) as readers:
         digests = readers.map(lambda name: _sample(checkpoint, name), checkpoint.tensors)
         return combine(checkpoint, dict(zip(checkpoint.tensors, digests, strict=True)))
+
+
+GENERATED = "generated:"
+
+
+def generated_digest(checkpoint: Checkpoint) -> str:
+    """Stands for both digests of a base without weights, from its config alone; never equal to a real one."""
+    config = json.dumps(checkpoint.config, sort_keys=True)
+    return GENERATED + hashlib.sha256(config.encode()).hexdigest()
 
 
 def _sample(checkpoint: Checkpoint, name: str) -> str:
