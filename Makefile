@@ -1,5 +1,6 @@
 # make demo   train a tiny base and three fine-tunes, compress them, serve them with vLLM, show the result
-# make test   everything that must pass; make check   the same without servers (under 3 minutes)
+# make test   everything that must pass; make check   the same without servers (under 3 minutes on an idle machine)
+# make setup  only installs into .venv; make test-slow  larger cases; make lint, make format, make clean
 PYTHON ?= python3
 # PyTorch's CPU wheels; asked only where plain pip has none.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu

@@ -143,6 +143,9 @@ def plot(results: Results, path: Path) -> None:
     _plot_latencies(axes[0, 1], requests)
     _plot_backlog(axes[1, 0], requests)
     _plot_tenants(axes[1, 1], requests, tenants)
+    end = max([results.header.settings.duration, *(result.finished_s for result in requests)])
+    for axis in (axes[0, 1], axes[1, 0], axes[1, 1]):
+        axis.set_xlim(0, 1.02 * end)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     write_file(path, picture.getvalue())

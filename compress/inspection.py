@@ -88,6 +88,7 @@ def show(description: dict[str, Any], console: Console) -> None:
         )
     console.print(f"base content digest {base['content_digest']}", soft_wrap=True)
     console.print(_table(description["modules"]))
+    console.print("error: ||dW X - dW^ X||^2 / ||dW X||^2 on the calibration inputs X", highlight=False)
     for name, text in (
         ("linear", "linear layers"),
         ("embedding", "embedding, lm_head"),

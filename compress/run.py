@@ -41,7 +41,7 @@ def compress(options: Options, console: Console) -> DeltaConfig:
         partial = Partial(options.out, job.key())
         if partial.resumed:
             console.print(
-                f"{partial.resumed} modules are taken over from the interrupted run in {partial.folder}",
+                f"{partial.resumed} tensors are taken over from the interrupted run in {partial.folder}",
                 markup=False,
             )
         elif partial.discarded:
@@ -78,6 +78,7 @@ class _Run:
                 self._matrix(name, hessian)
                 del hessian  # a layer's last one would live on while the next layer runs
                 trim()
+            self._tell("Compressed")
 
     def _tell(self, text: str) -> None:
         self.progress.update(self.task, description=text)

@@ -82,7 +82,8 @@ def _patch_arguments(module: ModuleType) -> None:
             raise PrinMixError("--enable-lora cannot be combined with --enable-prinmix yet", fix="drop one")
         # Left in, the path would become part of the compilation cache's key.
         self.additional_config = {k: v for k, v in given.items() if k != options.KEY}
-        self.enable_lora = True
+        # On the CPU any LoRA switches compilation off, for LoRA layers' sake; config.install adds ours after.
+        self.enable_lora = not resolve("current_platform").is_cpu()
         self.max_loras, self.max_cpu_loras = chosen.max_deltas, chosen.host_capacity
         try:
             vllm_config = create_engine_config(self, *args, **kwargs)
@@ -168,6 +169,7 @@ def _patch_models(module: ModuleType) -> None:
 
 def _patch_request_check(module: ModuleType) -> None:
     """Before a request reaches the engine: is its tenant's delta still whole, and if unknown, why?"""
+    from vllm_prinmix.format.checkpoint import brief
     from vllm_prinmix.tenants import check_files
 
     serving = module.BaseServing
@@ -182,6 +184,9 @@ def _patch_request_check(module: ModuleType) -> None:
         lora = vllm_config.lora_config
         if error is not None and (reason := lora.skipped.get(request.model)):
             error.error.message = f"tenant {request.model} was not loaded at start: {reason}"
+        elif error is not None:  # vLLM's message names the base alone
+            names = brief([t.name for t in lora.tenants], limit=10)
+            error.error.message += f" Tenants: {names} (all in /v1/models)."
         tenant = next((t for t in lora.tenants if t.name == request.model), None)
         if tenant is None:
             return error

@@ -47,7 +47,14 @@ def main(
     except PrinMixError as error:
         Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
-    console.print("Comparing with transformers on the merged checkpoints")
+    console.print("Comparing with transformers on the merged checkpoints\n")
+    for tenant in family.tenants:
+        question = tenant.questions[0]
+        asked = question.messages[-1]["content"]
+        console.print(
+            f"  {tenant.name}: asked {asked}, to answer {question.answer}", highlight=False, markup=False
+        )
+    console.print()
     results = {"tenants": [measure(tenant, answers) for tenant in family.tenants]}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     console.print(table(results))
@@ -96,7 +103,9 @@ def table(results: dict[str, Any]) -> Table:
     """The results for people; exact match in percent, and whether the served tokens are the merged's."""
     shown = Table(
         title="Three fine-tunes of one base, served together from packed deltas",
-        caption="exact match in %: base, fine-tuned, served; sizes of the whole checkpoint and delta in MB",
+        caption="base, tuned, served: exact match in %. dense, packed: MB of the whole checkpoint and delta, and "
+        "their ratio; linears: of the linear layers alone. tokens: whether all served tokens equal those of "
+        "transformers on the merged checkpoint, so that what served lacks is compression's.",
         box=box.SIMPLE,
         padding=(0, 1),
     )
@@ -127,6 +136,7 @@ def show_next_steps(family: pipeline.Family, arguments: list[str], console: Cons
     console.print("\nand ask one of them:\n", style="bold")
     text = f"curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
     console.print(text, soft_wrap=True, highlight=False, markup=False)
+    console.print(f"\nThe right answer is {tenant.questions[0].answer}.", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

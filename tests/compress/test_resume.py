@@ -76,7 +76,7 @@ def test_killed_run_resumes_to_the_same_bytes(
     assert not (tmp_path / "killed").exists()
     assert len(list((tmp_path / "killed.partial" / "modules").iterdir())) == KILLED_AFTER
     printed = compress(pair, tmp_path / "killed")
-    assert f"{KILLED_AFTER} modules are taken over" in printed
+    assert f"{KILLED_AFTER} tensors are taken over" in printed
     resumed = len(compressed_matrices)
     compress(pair, tmp_path / "whole")
     assert len(compressed_matrices) - resumed == resumed + KILLED_AFTER
