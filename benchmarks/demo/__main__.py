@@ -103,9 +103,9 @@ def table(results: dict[str, Any]) -> Table:
     """The results for people; exact match in percent, and whether the served tokens are the merged's."""
     shown = Table(
         title="Three fine-tunes of one base, served together from packed deltas",
-        caption="base, tuned, served: exact match in %. dense, packed: MB of the whole checkpoint and delta, and "
-        "their ratio; linears: of the linear layers alone. tokens: whether all served tokens equal those of "
-        "transformers on the merged checkpoint, so that what served lacks is compression's.",
+        caption="base, tuned, served: exact match in %. dense, packed: MB of the whole checkpoint and delta, "
+        "and their ratio; linears: of the linear layers alone. tokens: whether all served tokens equal those "
+        "of transformers on the merged checkpoint, so that what served lacks is compression's.",
         box=box.SIMPLE,
         padding=(0, 1),
     )
