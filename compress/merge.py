@@ -17,7 +17,7 @@ from vllm_prinmix.compress.prepare import progress_bar
 from vllm_prinmix.compress.sidefiles import copy, present
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format.checkpoint import FLOATS, INDEX, SINGLE, Checkpoint
-from vllm_prinmix.format.delta import Delta, read_delta
+from vllm_prinmix.format.delta import Delta, check_accounts, read_delta
 from vllm_prinmix.format.digest import content_digest
 from vllm_prinmix.format.payload import decode
 from vllm_prinmix.format.schema import Exact
@@ -37,6 +37,7 @@ def merge(
         raise PrinMixError("the output is already there", where=out, fix="give --overwrite or another --out")
     delta = read_delta(delta_folder)
     base = Checkpoint(base_source)
+    check_accounts(delta.config, base, delta.folder)
     check_base(base, delta, console)
     work = out.with_name(out.name + ".partial")
     with disk_errors(work, "the unfinished files have been removed"):

@@ -94,6 +94,13 @@ def prepare(options: Options, console: Console) -> Job:
         for name in expected
         if base.tensors[name].dtype == finetuned.tensors[name].dtype and digests[0][name] == digests[1][name]
     }
+    if len(same) == len(expected):
+        raise PrinMixError(
+            "the fine-tune equals the base, bit for bit: there is nothing to compress",
+            where=options.finetuned,
+            found="all tensors the same",
+            fix="give the fine-tuned checkpoint; the base is served under its own name",
+        )
     job = Job(
         options=options,
         base=base,

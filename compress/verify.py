@@ -18,8 +18,8 @@ from vllm_prinmix.compress.metrics import hessians
 from vllm_prinmix.compress.model import build_model, expected_tensors, is_tied, read_architecture
 from vllm_prinmix.compress.prepare import progress_bar
 from vllm_prinmix.errors import PrinMixError
-from vllm_prinmix.format.checkpoint import EMBEDDING, FLOATS, Checkpoint, brief
-from vllm_prinmix.format.delta import Delta, read_delta
+from vllm_prinmix.format.checkpoint import EMBEDDING, FLOATS, Checkpoint
+from vllm_prinmix.format.delta import Delta, check_accounts, read_delta
 from vllm_prinmix.format.digest import sample_digest
 from vllm_prinmix.format.payload import decode
 from vllm_prinmix.format.schema import Exact
@@ -48,7 +48,7 @@ def verify(
         )
     delta = read_delta(folder)
     base = Checkpoint(base_source)
-    _check_names(delta, base)
+    check_accounts(delta.config, base, delta.folder)
     check_base(base, delta, console)
     if sample_digest(base) != delta.config.base.sample_digest:
         raise PrinMixError("the recorded sample digest is not the base's", where=folder, fix="compress again")
@@ -65,23 +65,6 @@ def verify(
     if calibration is not None and finetuned is not None:
         _check_errors(delta, base, finetuned, model, calibration, entries, console)
     return list(entries.values())
-
-
-def _check_names(delta: Delta, base: Checkpoint) -> None:
-    """Every tensor the delta accounts for is in the base, once, in the same shape."""
-    where, config = delta.folder, delta.config
-    if twice := sorted(set(config.modules) & set(config.unchanged)):
-        raise PrinMixError("tensors are both stored and unchanged", where=where, found=brief(twice))
-    if unknown := sorted((set(config.modules) | set(config.unchanged)) - set(base.tensors)):
-        raise PrinMixError("the base has no such tensors", where=where, found=brief(unknown))
-    for name, spec in config.modules.items():
-        if tuple(spec.shape) != base.tensors[name].shape:
-            raise PrinMixError(
-                f"{name} has another shape than in the base",
-                where=where,
-                found=tuple(spec.shape),
-                expected=base.tensors[name].shape,
-            )
 
 
 def _check_finetuned(finetuned: Checkpoint, base: Checkpoint) -> Any:

@@ -120,7 +120,7 @@ def norm_(y: torch.Tensor, x: torch.Tensor, site: int, eps: float) -> None:
         delta = sites[site].slots[slot]
         if delta is None or delta.weight is None:
             continue
-        y[rows] = cpu.rms_norm(x[rows], delta.weight, eps)
+        y[rows] = _finite(cpu.rms_norm(x[rows].float(), delta.weight, eps), y.dtype)
 
 
 def _add_linear(y: torch.Tensor, x: torch.Tensor, site: int, batch: Rows) -> None:
@@ -153,7 +153,17 @@ def _add_linear(y: torch.Tensor, x: torch.Tensor, site: int, batch: Rows) -> Non
 
 
 def _add(y: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
-    y[rows] = (y[rows].float() + values).to(y.dtype)
+    y[rows] = _finite(y[rows].float() + values, y.dtype)
+
+
+def _finite(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``values`` as ``dtype``, NaN as 0 and overflow as the largest number.
+
+    A tenant whose numbers overflow must hurt itself alone. NaN in its KV blocks would outlive it: attention
+    multiplies what a block's next owner has not yet filled by zero, and zero times NaN is NaN.
+    """
+    limit = torch.finfo(dtype).max
+    return torch.nan_to_num(values, nan=0.0).clamp_(-limit, limit).to(dtype)
 
 
 def _nothing(*args: object) -> None:

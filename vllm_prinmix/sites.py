@@ -136,6 +136,9 @@ def load_sites(delta: Delta, sites: list[Site], device: torch.device) -> dict[in
                 raise _mismatch(delta, site.parts[i], f"kind {spec.kind}", f"the kind for a {site.kind}")
             else:
                 found.parts.append(_cut(delta, site, i, spec, tensor).to(device))
+        for part, (spec, _) in zip(names, biases, strict=True):
+            if spec is not None and not (isinstance(spec, Exact) and site.kind == "linear"):
+                raise _mismatch(delta, f"{part}.bias", f"kind {spec.kind}", "no bias, or one of kind exact")
         if any(tensor is not None for _, tensor in biases):
             found.bias = _bias(delta, site, [tensor for _, tensor in biases], device)
         if site.kind != "norm":

@@ -82,12 +82,15 @@ def scan(
             expected="a folder with one delta folder per tenant",
             fix="make deltas with `prinmix compress --out DIR/NAME`",
         )
-    digest = generated_digest(Checkpoint(base, weights=False)) if dummy else sample_digest(Checkpoint(base))
+    checkpoint = Checkpoint(base, weights=not dummy)
+    digest = generated_digest(checkpoint) if dummy else sample_digest(checkpoint)
     tenants: list[Tenant] = []
     skipped: dict[str, PrinMixError] = {}
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
+    for folder in sorted(p for p in root.iterdir() if not p.is_file() and not p.name.startswith(".")):
         try:
             tenant = _check(folder, base, digest, set(reserved))
+            if not dummy:
+                delta.check_accounts(delta.read_config(folder), checkpoint, folder)
             if clash := next((t for t in tenants if t.id == tenant.id), None):
                 raise PrinMixError(
                     f"the tenant's id collides with that of {clash.name}",
@@ -97,6 +100,11 @@ def scan(
             tenants.append(tenant)
         except PrinMixError as error:
             skipped[folder.name] = error
+        except Exception as error:  # whatever is wrong with one folder, the others are served
+            name = folder.name.encode(errors="backslashreplace").decode()
+            skipped[name] = PrinMixError(
+                "the folder cannot be read as a delta", where=name, found=repr(error)
+            )
     if not tenants:
         reasons = "; ".join(f"{name}: {error}" for name, error in skipped.items())
         raise PrinMixError(

@@ -72,7 +72,7 @@ def test_infinite_scale(pair: Pair, delta: Path, console: Console) -> None:
         tensors[LINEAR][-size:].view(torch.float32)[0] = torch.inf
 
     rewrite(delta, change)
-    with pytest.raises(PrinMixError, match=f"{LINEAR} decodes to NaN or infinite values"):
+    with pytest.raises(PrinMixError, match=f"NaN or infinite numbers.*{LINEAR}"):
         verify(delta, str(pair.base), None, None, console)
 
 

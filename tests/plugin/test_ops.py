@@ -98,6 +98,23 @@ def test_embedding_adds_nothing_outside_the_table(compiled: bool) -> None:
     assert torch.equal(y[[1, 2]], torch.zeros(2, COLS))
 
 
+def test_a_tenant_that_overflows_stays_finite() -> None:
+    """NaN in one tenant's KV blocks would reach whoever gets the blocks next."""
+    delta = random_factors(32, COLS, 6, (3,), seed=0)
+    ops.sites.append(Site((32,), [SiteDelta(parts=[pack(delta)])]))
+    ops.sites.append(Site((0,), [SiteDelta(weight=torch.full((COLS,), 3e38))]))
+    ops.step.tokens = rows((0, [0, 1]))
+    x = inputs(3, COLS)
+    x[0, 0], x[1, 1] = torch.nan, torch.inf
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        y = torch.zeros(3, 32, dtype=dtype)
+        torch.ops.prinmix.linear_(y, x.to(dtype), 0)
+        assert torch.isfinite(y).all()
+        y = torch.zeros(3, COLS, dtype=dtype)
+        torch.ops.prinmix.norm_(y, x.to(dtype), 1, 1e-6)
+        assert torch.isfinite(y).all()
+
+
 def test_norm_replaces_the_weight() -> None:
     weight = inputs(1, 16, seed=5)[0]
     ops.sites.append(Site((0,), [SiteDelta(weight=weight), SiteDelta()]))

@@ -1,6 +1,9 @@
 """Scanning a folder of deltas: what is fit to serve is found, the rest is skipped with a reason."""
 
 import json
+import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from safetensors.torch import save_file
 from tests.format.deltas import write_small_delta
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format.checkpoint import Checkpoint
+from vllm_prinmix.format.delta import config_checksum, read_delta
 from vllm_prinmix.format.digest import generated_digest, sample_digest
 from vllm_prinmix.format.schema import CONFIG_FILE, WEIGHTS_FILE
 from vllm_prinmix.tenants import FIRST_ID, Tenant, check_files, scan, split_path
@@ -19,7 +23,12 @@ from vllm_prinmix.tenants import FIRST_ID, Tenant, check_files, scan, split_path
 def base(tmp_path: Path) -> Path:
     folder = tmp_path / "base"
     folder.mkdir()
-    save_file({"model.norm.weight": torch.ones(64)}, folder / "model.safetensors")
+    tensors = {
+        "model.norm.weight": torch.ones(64),
+        "model.layers.0.self_attn.q_proj.weight": torch.zeros(48, 64),
+        "lm_head.weight": torch.zeros(8, 64),
+    }
+    save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"]}))
     return folder
 
@@ -115,3 +124,56 @@ def test_generated_deltas_and_bases_without_weights_belong_together(
     tenants, skipped = scan(deltas, str(base), ["base"])
     assert [t.name for t in tenants] == ["a", "b", "c"]
     assert "with --load-format dummy" in str(skipped["generated"])
+
+
+@pytest.mark.parametrize("change", ["hollow", "lacking", "twice", "ghost", "shape"])
+def test_every_tensor_of_the_base_is_accounted_for(base: Path, deltas: Path, change: str) -> None:
+    """Otherwise the base's own weight would be served, in whole or in part, under a tenant's name."""
+    path = deltas / "a" / CONFIG_FILE
+    fields = json.loads(path.read_text())
+    modules, unchanged = fields["modules"], fields["unchanged"]
+    if change == "hollow":
+        modules.clear()
+        unchanged.clear()
+    elif change == "lacking":
+        del modules["model.norm.weight"]
+    elif change == "twice":
+        unchanged.append("model.norm.weight")
+    elif change == "ghost":
+        unchanged.append("model.layers.9.nothing.weight")
+    else:
+        modules["model.norm.weight"]["shape"] = [32]
+    fields["checksum"] = config_checksum(fields)
+    path.write_text(json.dumps(fields))
+    tenants, skipped = scan(deltas, str(base), ["base"])
+    assert [t.name for t in tenants] == ["b", "c"]
+    reasons = {
+        "hollow": "does not account for tensors of the base",
+        "lacking": "does not account for tensors of the base.*model.norm.weight",
+        "twice": "both stored and unchanged.*model.norm.weight",
+        "ghost": "the base has no such tensors.*model.layers.9",
+        "shape": "model.norm.weight has another shape",
+    }
+    assert re.search(reasons[change], str(skipped["a"]))
+
+
+def test_no_folder_can_stop_the_others(base: Path, deltas: Path) -> None:
+    shutil.copytree(deltas / "a", deltas / os.fsdecode(b"bad\xff"))
+    (deltas / "nested").mkdir()
+    (deltas / "fifo").mkdir()
+    (deltas / "nested" / CONFIG_FILE).write_text("[" * 200_000)
+    os.mkfifo(deltas / "fifo" / CONFIG_FILE)
+    (deltas / "dangling").symlink_to(deltas / "nowhere")
+    tenants, skipped = scan(deltas, str(base), ["base"])
+    assert [t.name for t in tenants] == ["a", "b", "c"]
+    assert set(skipped) == {"bad\\udcff", "nested", "fifo", "dangling"}
+
+
+def test_a_lying_number_of_directions_costs_nothing(base: Path, deltas: Path) -> None:
+    path = deltas / "a" / CONFIG_FILE
+    fields = json.loads(path.read_text())
+    fields["modules"]["model.layers.0.self_attn.q_proj.weight"]["classes"][0]["directions"] = 10**12
+    fields["checksum"] = config_checksum(fields)
+    path.write_text(json.dumps(fields))
+    with pytest.raises(PrinMixError, match="not as described"):
+        read_delta(deltas / "a")

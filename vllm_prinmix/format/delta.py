@@ -14,6 +14,7 @@ import xxhash
 from pydantic import ValidationError
 
 from vllm_prinmix.errors import PrinMixError
+from vllm_prinmix.format.checkpoint import HEAD, Checkpoint, brief
 from vllm_prinmix.format.schema import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE, DeltaConfig, Exact, Weights
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def write_delta(folder: Path, config: DeltaConfig, tensors: Mapping[str, torch.T
 def read_config(folder: Path) -> DeltaConfig:
     """prinmix_config.json, checked. Raises PrinMixError naming the file and what is wrong with it."""
     path = Path(folder) / CONFIG_FILE
+    if path.exists() and not path.is_file():
+        raise PrinMixError("the delta's description is not a file", where=path, fix=RECOMPRESS)
     try:
         fields = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -77,14 +80,14 @@ def read_config(folder: Path) -> DeltaConfig:
             expected=f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}",
             fix="make one with `prinmix compress`",
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PrinMixError(
             "the delta's description cannot be read", where=path, found=error, fix=RECOMPRESS
         ) from error
     if not isinstance(fields, dict):
         raise PrinMixError("the delta's description is not a JSON object", where=path, fix=RECOMPRESS)
     version = fields.get("format_version")
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION or type(version) is not int:
         raise PrinMixError(
             "unknown delta format version",
             where=path,
@@ -143,7 +146,7 @@ def read_delta(folder: Path) -> Delta:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    from vllm_prinmix.format.payload import payload_bytes
+    from vllm_prinmix.format.payload import payload_bytes, tables
 
     folder = Path(folder)
     config = read_config(folder)
@@ -191,7 +194,39 @@ def read_delta(folder: Path) -> Delta:
                 expected=expected,
                 fix=RECOMPRESS,
             )
+        numbers = [tensor] if isinstance(spec, Exact) else tables(spec, tensor)
+        if not all(bool(torch.isfinite(n).all()) for n in numbers):
+            raise PrinMixError(
+                "a tensor has NaN or infinite numbers", where=f"{path}: {name}", fix=RECOMPRESS
+            )
     return Delta(folder, config, tensors)
+
+
+def check_accounts(config: DeltaConfig, base: Checkpoint, where: object) -> None:
+    """Every tensor of ``base`` is stored or called unchanged, once, in its shape; no other is.
+
+    Raises PrinMixError naming the tensors. A copy of tied embeddings under lm_head and old checkpoints'
+    rotary tables are no weights.
+    """
+    stored, unchanged = set(config.modules), set(config.unchanged)
+    names = {name for name in base.tensors if not name.endswith(".rotary_emb.inv_freq")}
+    if base.config.get("tie_word_embeddings") is not False and HEAD not in stored | unchanged:
+        names.discard(HEAD)
+    for found, what in (
+        (stored & unchanged, "tensors are both stored and unchanged"),
+        ((stored | unchanged) - names, "the base has no such tensors"),
+        (names - (stored | unchanged), "the delta does not account for tensors of the base"),
+    ):
+        if found:
+            raise PrinMixError(what, where=where, found=brief(sorted(found)), fix=RECOMPRESS)
+    for name, spec in config.modules.items():
+        if tuple(spec.shape) != base.tensors[name].shape:
+            raise PrinMixError(
+                f"{name} has another shape than in the base",
+                where=where,
+                found=tuple(spec.shape),
+                expected=base.tensors[name].shape,
+            )
 
 
 def version(folder: Path) -> str:

@@ -20,9 +20,30 @@ def payload_bytes(spec: Factors | Matrix) -> int:
     rows, cols = spec.shape
     if isinstance(spec, Matrix):
         return packing.matrix_bytes(spec.bits, rows, cols)
-    v_bits = [c.v_bits for c in spec.classes for _ in range(c.directions)]
-    u_bits = [c.u_bits for c in spec.classes for _ in range(c.directions)]
-    return packing.factors_bytes(v_bits, u_bits, rows, cols, spec.row_scale)
+    n = sum(c.directions for c in spec.classes)
+    return _plane_bytes(spec) + packing.align(
+        packing.DIRECTION_BYTES * n + (2 * rows if spec.row_scale else 0)
+    )
+
+
+def _plane_bytes(spec: Factors) -> int:
+    rows, cols = spec.shape
+    # By class: a damaged description may name more directions than there is memory for.
+    return sum(
+        c.directions * (packing.row_bytes(c.v_bits, cols) + packing.row_bytes(c.u_bits, rows))
+        for c in spec.classes
+    )
+
+
+def tables(spec: Factors | Matrix, payload: torch.Tensor) -> list[torch.Tensor]:
+    """Views of all numbers of a payload that are not codes: scales and zero points."""
+    rows, cols = spec.shape
+    if isinstance(spec, Matrix):
+        start = rows * packing.row_bytes(spec.bits, cols)
+        return split_table(payload[start:], [(rows, torch.float32), (rows, torch.float16)])
+    n, start = sum(c.directions for c in spec.classes), _plane_bytes(spec)
+    fields = [(n, torch.float32), (n, torch.float16), (n, torch.float16)]
+    return split_table(payload[start:], fields + ([(rows, torch.float16)] if spec.row_scale else []))
 
 
 def encode_factors(delta: QuantizedFactors, report: dict | None = None) -> tuple[Factors, torch.Tensor]:
