@@ -153,7 +153,7 @@ def _lines(files: Sequence[Path]) -> Iterator[str]:
 def _json_text(line: str, where: str) -> str:
     try:
         return _field(json.loads(line), where)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise PrinMixError("not a JSON line", where=where, found=error) from error
 
 
@@ -164,6 +164,8 @@ def _field(record: Any, where: str) -> str:
         raise PrinMixError(
             "a calibration record has no text", where=where, found=found, expected="a string `text`"
         )
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise PrinMixError("a calibration text is no valid Unicode: it has lone surrogates", where=where)
     return text
 
 

@@ -78,7 +78,8 @@ def show(description: dict[str, Any], console: Console) -> None:
     console.print(
         f"made by {description['tool']}, format {description['format_version']}, "
         f"method {settings['method']}, bits {','.join(map(str, settings['bits']))}, "
-        f"at most {settings['max_active_bits']} active"
+        f"at most {settings['max_active_bits']} active",
+        markup=False,
     )
     if calibration:
         console.print(
@@ -100,7 +101,7 @@ def show(description: dict[str, Any], console: Console) -> None:
         else:
             console.print(
                 f"{text}: {part['bytes']:,} of {part['dense_bytes']:,} bytes, "
-                f"ratio {part['ratio']:.4f} (1/{1 / part['ratio']:.1f})"
+                f"ratio {part['ratio']:.4f}" + (f" (1/{1 / part['ratio']:.1f})" if part["ratio"] else "")
             )
     console.print(
         f"stored exactly: {len(description['exact'])} tensors; unchanged: {len(description['unchanged'])}"

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from vllm_prinmix.compress.partial import disk_errors, publish
+from vllm_prinmix.compress.partial import check_out, disk_errors, publish
 from vllm_prinmix.compress.prepare import progress_bar
 from vllm_prinmix.compress.sidefiles import copy, present
 from vllm_prinmix.errors import PrinMixError
@@ -33,8 +33,7 @@ def merge(
     Each tensor is ``base.float() + dW`` in float32, then cast to ``dtype`` (bfloat16, float16 or float32;
     None: each tensor as in the base). Raises PrinMixError for a damaged delta, another base, and a full disk.
     """
-    if out.exists() and not overwrite:
-        raise PrinMixError("the output is already there", where=out, fix="give --overwrite or another --out")
+    check_out(out, overwrite, "config.json", {"--base": base_source, "--delta": str(delta_folder)})
     delta = read_delta(delta_folder)
     base = Checkpoint(base_source)
     check_accounts(delta.config, base, delta.folder)
@@ -49,7 +48,7 @@ def merge(
         try:
             _copy_side_files(base, delta, work, dtype)
             _write_shards(base, delta, work, dtype, console)
-            publish(work, out)
+            publish(work, out, overwrite)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 

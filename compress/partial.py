@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,34 +30,45 @@ class Partial:
     """An opened OUT.partial folder.
 
     ``key`` is all that decides the result. A folder left by a run with the same key is taken up again
-    (``resumed``: its number of modules), one with another key is emptied (``discarded``: what differs).
-    Raises PrinMixError where another process is at work in it or where it is no such folder.
+    (``resumed``: its number of tensors). One with another key is emptied with ``overwrite``.
+    Raises PrinMixError where another process is at work in it, where it is no such folder, and without
+    ``overwrite`` for one with another key, naming what differs.
     """
 
-    def __init__(self, out: Path, key: dict[str, Any]) -> None:
+    def __init__(self, out: Path, key: dict[str, Any], overwrite: bool = False) -> None:
         self.folder = out.with_name(out.name + ".partial")
         self.modules = self.folder / "modules"
-        self.discarded: list[str] = []
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PrinMixError("another `prinmix compress` is writing there", where=self.folder) from None
-        self._take_up(json.loads(json.dumps(key)))
+        self._take_up(json.loads(json.dumps(key)), overwrite)
         self.modules.mkdir(exist_ok=True)
         self.resumed = len(list(self.modules.glob("*.safetensors")))
 
-    def _take_up(self, key: dict[str, Any]) -> None:
+    def _take_up(self, key: dict[str, Any], overwrite: bool) -> None:
         run_file = self.folder / RUN_FILE
+        for leftover in self.folder.glob(".*.tmp"):
+            leftover.unlink()
         others = [p.name for p in self.folder.iterdir() if p.name not in ("lock", RUN_FILE)]
         if run_file.is_file():
-            before = json.loads(run_file.read_text())
+            before = _read_run(run_file)
             if before == key:
                 return
-            self.discarded = sorted(k for k in key | before if key.get(k) != before.get(k))
+            if any(self.modules.glob("*.safetensors")) and not overwrite:
+                differs = sorted(k for k in key | before if key.get(k) != before.get(k))
+                raise PrinMixError(
+                    "there is unfinished work of other arguments",
+                    where=self.folder,
+                    found=f"other {', '.join(differs)}",
+                    fix="finish it with the arguments of before, start over with --overwrite, "
+                    "or choose another --out",
+                )
             for name in others:
-                shutil.rmtree(self.folder / name)
+                path = self.folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif others:
             raise PrinMixError(
                 "the folder for unfinished work holds something else",
@@ -93,15 +105,23 @@ class Partial:
         """The finished modules, sorted."""
         return sorted(path.name.removesuffix(".safetensors") for path in self.modules.glob("*.safetensors"))
 
-    def publish(self, out: Path) -> None:
+    def publish(self, out: Path, overwrite: bool) -> None:
         """Rename the finished ``delta`` folder in here to ``out`` in one step, and remove this folder."""
-        publish(self.folder / "delta", out)
+        publish(self.folder / "delta", out, overwrite)
         shutil.rmtree(self.folder)
         self._lock.close()
 
     def close(self) -> None:
         """Let go of the folder; what is in it stays for the next run."""
         self._lock.close()
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        before = json.loads(path.read_text())
+    except ValueError:
+        return {"run.json": "damaged"}
+    return before if isinstance(before, dict) else {"run.json": "damaged"}
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -114,8 +134,40 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary.replace(path)
 
 
-def publish(folder: Path, out: Path) -> None:
-    """fsync all of ``folder`` and rename it to ``out``; an existing ``out`` is replaced."""
+def check_out(out: Path, overwrite: bool, marker: str, inputs: dict[str, str]) -> None:
+    """Raise PrinMixError unless the folder ``out`` may be made, or replaced with ``overwrite``.
+
+    Only a folder of the kind that is to be made is ever replaced: one that has the file ``marker`` and no
+    folders in it, and never an input (option -> source) or a folder that holds one.
+    """
+    if not out.name:
+        raise PrinMixError("the output needs a name of its own", where=f"--out {out}")
+    resolved = out.resolve()
+    for option, source in inputs.items():
+        other = Path(source).resolve()
+        if other.exists() and (resolved == other or resolved in other.parents):
+            raise PrinMixError(
+                "the output would replace an input",
+                where=f"--out {out}",
+                found=f"{option} {source}",
+                fix="choose another --out",
+            )
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise PrinMixError("the output is already there", where=out, fix="give --overwrite or another --out")
+    found = list(out.iterdir()) if out.is_dir() else None
+    if found is None or (found and not (out / marker).is_file()) or any(map(Path.is_dir, found)):
+        raise PrinMixError(
+            "the output is something else than what --overwrite may replace",
+            where=out,
+            expected=f"a folder with {marker} and without folders",
+            fix="choose another --out, or remove it yourself",
+        )
+
+
+def publish(folder: Path, out: Path, overwrite: bool) -> None:
+    """fsync all of ``folder`` and rename it to ``out``; with ``overwrite`` an existing one is replaced."""
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.iterdir():
@@ -126,14 +178,14 @@ def publish(folder: Path, out: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    if not out.exists():
+    if out.exists() and overwrite:
+        # Hidden, so that a server of the folder around it does not take what a crash leaves for a tenant.
+        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.replaced-", dir=out.parent))
+        out.rename(old)
         folder.rename(out)
-        return
-    old = out.with_name(out.name + ".replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    out.rename(old)
-    folder.rename(out)
-    shutil.rmtree(old)
+        shutil.rmtree(old)
+    else:
+        folder.rename(out)
 
 
 @contextmanager

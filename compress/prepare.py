@@ -15,9 +15,11 @@ from vllm_prinmix import __version__
 from vllm_prinmix.compress import account, calibration
 from vllm_prinmix.compress.methods import Recipe, check_reachable
 from vllm_prinmix.compress.model import Kind, build_model, expected_tensors, read_architecture
+from vllm_prinmix.compress.partial import check_out
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format.checkpoint import Checkpoint
 from vllm_prinmix.format.digest import combine, tensor_digests
+from vllm_prinmix.format.schema import CONFIG_FILE
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,8 @@ def _check_options(options: Options) -> None:
             expected="a .txt file (one sample a line), a .jsonl file (field `text`) or a dataset",
             fix="give --calibration FILE with texts as the fine-tune's users write them",
         )
-    if options.out.exists() and not options.overwrite:
-        raise PrinMixError(
-            "the output is already there", where=options.out, fix="give --overwrite or another --out"
-        )
+    inputs = {"--base": options.base, "--finetuned": options.finetuned, "--calibration": options.calibration}
+    check_out(options.out, options.overwrite, CONFIG_FILE, inputs)
     for name, ratio in (("--ratio", options.ratio), ("--embedding-ratio", options.embedding_ratio)):
         if not 0 < ratio <= 1:
             raise PrinMixError(
@@ -161,7 +161,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).tolist()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         found = str(error).splitlines()[0]
         raise PrinMixError("the device cannot be used", where=f"--device {name}", found=found) from error

@@ -38,18 +38,16 @@ def compress(options: Options, console: Console) -> DeltaConfig:
     job = prepare(options, console)
     left = "the modules that are finished are kept and will not be computed again"
     with disk_errors(options.out.with_name(options.out.name + ".partial"), left):
-        partial = Partial(options.out, job.key())
+        partial = Partial(options.out, job.key(), options.overwrite)
         if partial.resumed:
             console.print(
                 f"{partial.resumed} tensors are taken over from the interrupted run in {partial.folder}",
                 markup=False,
             )
-        elif partial.discarded:
-            console.print(f"unfinished work of other arguments is discarded ({', '.join(partial.discarded)})")
         try:
             _Run(job, partial, console).all()
             config = _assemble(job, partial)
-            partial.publish(options.out)
+            partial.publish(options.out, options.overwrite)
         finally:
             partial.close()
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -29,14 +30,25 @@ DeltaArgument = Annotated[Path, typer.Argument(help="A delta folder.")]
 
 
 def main() -> None:
-    """The console script: a PrinMixError is one message on stderr and exit code 1."""
+    """The console script: an error is one message on stderr and exit code 1.
+
+    What is no PrinMixError is a bug of this program or trouble with a file: its traceback is shown with
+    PRINMIX_DEBUG=1.
+    """
     try:
         app()
     except PrinMixError as error:
-        Console(stderr=True).print(
-            f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True
-        )
-        sys.exit(1)
+        _fail(str(error))
+    except Exception as error:
+        if os.environ.get("PRINMIX_DEBUG"):
+            raise
+        _fail(f"{type(error).__name__}: {error} (PRINMIX_DEBUG=1 shows where)")
+
+
+def _fail(message: str) -> None:
+    console = Console(stderr=True)
+    console.print(f"error: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(1)
 
 
 def _version(value: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from vllm_prinmix.errors import PrinMixError
@@ -111,6 +112,15 @@ def from_namespace(namespace: argparse.Namespace) -> Options | None:
             "--enable-prinmix is given but --deltas is not",
             fix="add --deltas DIR, the folder with one delta folder per tenant",
         )
+    if not Path(namespace.deltas).is_dir():
+        raise PrinMixError(
+            "the folder of deltas does not exist",
+            where=f"--deltas {namespace.deltas}",
+            expected="a folder with one delta folder per tenant",
+            fix="make deltas with `prinmix compress --out DIR/NAME`",
+        )
+    if getattr(namespace, "enable_lora", False):
+        raise PrinMixError("--enable-lora cannot be combined with --enable-prinmix yet", fix="drop one")
     fields = {"deltas": namespace.deltas, "max_cpu_deltas": namespace.max_cpu_deltas}
     if namespace.max_deltas is not None:
         fields["max_deltas"] = namespace.max_deltas

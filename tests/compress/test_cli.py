@@ -155,3 +155,10 @@ def test_interrupting_says_how_to_go_on(
     assert code == 130
     assert "the same command goes on" in err
     assert prinmix(*compress_arguments(pair, tmp_path / "delta"))[0] == 0
+
+
+def test_what_is_unforeseen_is_one_line_too(prinmix: Run, tmp_path: Path) -> None:
+    code, _, err = prinmix("inspect", tmp_path / ("x" * 300))
+    assert code == 1
+    assert err.startswith("error: ")
+    assert "Traceback" not in err

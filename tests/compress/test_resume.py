@@ -97,7 +97,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     monkeypatch.setattr(Partial, "save", counted)
 
 
-def test_other_arguments_start_over(
+def test_other_arguments_start_over_only_when_told_to(
     make_pair: Callable[..., Pair],
     compress: Callable[..., str],
     tmp_path: Path,
@@ -107,8 +107,10 @@ def test_other_arguments_start_over(
     interrupt(monkeypatch, after=15)
     with pytest.raises(KeyboardInterrupt):
         compress(pair, tmp_path / "delta")
-    printed = compress(pair, tmp_path / "delta", bits=(0, 2, 4), samples=3)
-    assert "discarded (bits, calibration)" in printed
+    with pytest.raises(PrinMixError, match=r"unfinished work of other arguments.*other bits, calibration"):
+        compress(pair, tmp_path / "delta", bits=(0, 2, 4), samples=3)
+    (tmp_path / "delta.partial" / ".run.json.tmp").write_text("left by a kill")
+    printed = compress(pair, tmp_path / "delta", bits=(0, 2, 4), samples=3, overwrite=True)
     assert "taken over" not in printed
     compress(pair, tmp_path / "fresh", bits=(0, 2, 4), samples=3)
     assert contents(tmp_path / "delta") == contents(tmp_path / "fresh")
@@ -175,3 +177,43 @@ def test_two_runs_do_not_share_a_folder(
         compress(pair, tmp_path / "delta")
     other.close()
     compress(pair, tmp_path / "delta")
+
+
+def test_a_damaged_record_of_the_run_is_no_traceback(
+    make_pair: Callable[..., Pair],
+    compress: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pair = make_pair()
+    interrupt(monkeypatch, after=12)
+    with pytest.raises(KeyboardInterrupt):
+        compress(pair, tmp_path / "delta")
+    (tmp_path / "delta.partial" / "run.json").write_text("{")
+    with pytest.raises(PrinMixError, match="unfinished work of other arguments"):
+        compress(pair, tmp_path / "delta")
+
+
+def test_overwrite_replaces_nothing_but_a_delta(
+    make_pair: Callable[..., Pair], compress: Callable[..., str], tmp_path: Path
+) -> None:
+    pair = make_pair()
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("x")
+    for out in (home, home / "thesis.txt"):
+        with pytest.raises(PrinMixError, match="something else than what --overwrite may replace"):
+            compress(pair, out, overwrite=True)
+    for out in (pair.base, pair.finetuned, pair.base.parent):
+        with pytest.raises(PrinMixError, match="the output would replace an input"):
+            compress(pair, out, overwrite=True)
+    assert (home / "thesis.txt").read_text() == "x"
+
+
+def test_the_base_itself_is_no_finetune(
+    make_pair: Callable[..., Pair], compress: Callable[..., str], tmp_path: Path
+) -> None:
+    pair = make_pair()
+    same = Pair(pair.base, pair.base, pair.calibration)
+    with pytest.raises(PrinMixError, match="equals the base, bit for bit"):
+        compress(same, tmp_path / "delta")

@@ -21,7 +21,7 @@ from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format.checkpoint import EMBEDDING, HEAD, SINGLE, Checkpoint
 from vllm_prinmix.format.delta import read_config, read_delta
 from vllm_prinmix.format.payload import decode
-from vllm_prinmix.format.schema import WEIGHTS_FILE, Factors
+from vllm_prinmix.format.schema import CONFIG_FILE, WEIGHTS_FILE, Factors
 
 CASES: dict[str, dict[str, Any]] = {
     "qwen2 bf16": {"architecture": "qwen2"},
@@ -208,6 +208,7 @@ def test_output_is_replaced_only_when_asked(
     out = tmp_path / "delta"
     out.mkdir()
     (out / "precious").write_text("x")
+    (out / CONFIG_FILE).write_text("an old delta")
     with pytest.raises(PrinMixError, match=r"already there.*--overwrite"):
         compress(pair, out)
     assert (out / "precious").read_text() == "x"

@@ -1,6 +1,7 @@
 """The plugin's options: from the command line and from additional_config."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 
@@ -20,13 +21,13 @@ def test_nothing_asked_is_nothing() -> None:
 
 
 def test_all_options() -> None:
-    found = parse("--enable-prinmix", "--deltas", "d", "--max-deltas", "3", "--max-cpu-deltas", "9")
-    assert found == Options(deltas="d", max_deltas=3, max_cpu_deltas=9)
+    found = parse("--enable-prinmix", "--deltas", ".", "--max-deltas", "3", "--max-cpu-deltas", "9")
+    assert found == Options(deltas=".", max_deltas=3, max_cpu_deltas=9)
     assert found.host_capacity == 9
 
 
 def test_host_memory_holds_the_slots_by_default() -> None:
-    found = parse("--enable-prinmix", "--deltas", "d")
+    found = parse("--enable-prinmix", "--deltas", ".")
     assert found is not None
     assert found.host_capacity == found.max_deltas == options.DEFAULT_MAX_DELTAS
 
@@ -34,6 +35,11 @@ def test_host_memory_holds_the_slots_by_default() -> None:
 def test_flag_without_deltas() -> None:
     with pytest.raises(PrinMixError, match="--enable-prinmix is given but --deltas is not"):
         parse("--enable-prinmix")
+
+
+def test_deltas_is_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(PrinMixError, match="the folder of deltas does not exist.*nowhere"):
+        parse("--enable-prinmix", "--deltas", str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("option", ["--deltas", "--max-deltas", "--max-cpu-deltas"])
@@ -46,12 +52,12 @@ def test_options_without_the_flag(option: str) -> None:
 @pytest.mark.parametrize("option", ["--max-deltas", "--max-cpu-deltas"])
 def test_counts_are_positive(option: str, count: int) -> None:
     with pytest.raises(PrinMixError, match=f"{option}.*found: {count}"):
-        parse("--enable-prinmix", "--deltas", "d", f"{option}={count}")
+        parse("--enable-prinmix", "--deltas", ".", f"{option}={count}")
 
 
 def test_host_memory_not_below_slots() -> None:
     with pytest.raises(PrinMixError, match="--max-cpu-deltas.*found: 2.*at least --max-deltas, 3"):
-        parse("--enable-prinmix", "--deltas", "d", "--max-deltas", "3", "--max-cpu-deltas", "2")
+        parse("--enable-prinmix", "--deltas", ".", "--max-deltas", "3", "--max-cpu-deltas", "2")
 
 
 def test_mapping_round_trip() -> None:
