@@ -35,7 +35,7 @@ NONE = -1
 # sixteens: what is multiplied in a kernel is known there to be aligned. Other positions count elements of
 # the arena seen as float32 (scale, bias) or float16 (zero points, row scale).
 HEADER = ("groups", "first_group")
-PART = ("runs", "first_run", "groups", "first_group", "row_scale", "bias")
+PART = ("runs", "first_run", "groups", "first_group", "row_scale", "bias", "lookup_scale")
 RUN = ("column", "directions", "width", "place", "position")
 GROUP_FIELDS = (
     *("column", "directions", "scale", "v_zero", "u_zero"),
@@ -87,12 +87,15 @@ class Part:
 
     delta: Packed | None = None
     bias: torch.Tensor | None = None  # float32 [rows], added to the base's
+    lookup_scale: torch.Tensor | None = None  # float16 [vocabulary]: an embedding's row scale
 
 
-def transposed(delta: PackedFactors) -> PackedFactors:
-    """The factors of dW^T, without row scale: for embeddings, whose rows are looked up in U."""
+def embedding_part(delta: Packed) -> Part:
+    """An embedding's delta for a site with widths (hidden,) and cols the vocabulary: dW^T, looked up in U."""
+    if isinstance(delta, PackedMatrix):
+        return Part(delta)
     classes = tuple(PackedClass(c.u_bits, c.v_bits, c.directions, c.u, c.v) for c in delta.classes)
-    return replace(
+    turned = replace(
         delta,
         rows=delta.cols,
         cols=delta.rows,
@@ -101,6 +104,7 @@ def transposed(delta: PackedFactors) -> PackedFactors:
         u_zero=delta.v_zero,
         row_scale=None,
     )
+    return Part(turned, lookup_scale=delta.row_scale)
 
 
 def whole_tiles(delta: Packed) -> Packed:
@@ -164,7 +168,8 @@ def site_table(parts: Sequence[Part], firsts: Sequence[int], address: Address) -
             _matrix(part.delta, first, groups, address)
         bias = NONE if part.bias is None else address(part.bias) // 4
         summed = len(groups) - before[1] if len(runs) > before[0] else 0
-        headers.append([len(runs) - before[0], before[0], summed, before[1], row_scale, bias])
+        lookup = NONE if part.lookup_scale is None else address(part.lookup_scale) // 2
+        headers.append([len(runs) - before[0], before[0], summed, before[1], row_scale, bias, lookup])
     start = len(HEADER) + len(parts) * len(PART)
     for header in headers:
         header[1] = start + len(groups) * len(GROUP_FIELDS) + header[1] * len(RUN)
@@ -261,8 +266,7 @@ class SiteTables:
                 tensors += part.delta.tensors()
             elif isinstance(part.delta, PackedMatrix):
                 tensors += [part.delta.codes, part.delta.scale, part.delta.zero]
-            if part.bias is not None:
-                tensors.append(part.bias)
+            tensors += [extra for extra in (part.bias, part.lookup_scale) if extra is not None]
         places, start = arena.put(tensors, start)
         table = site_table(parts, self.firsts, lambda t: places.get(t.data_ptr(), 0))
         _, end = arena.put([torch.from_numpy(table)], start)

@@ -214,7 +214,7 @@ def expand_kernel(
         for i in tl.static_range(PARTS - 1):
             before += tl.where(number > i, tl.cdiv(tl.load(parts + i * 4 + 3).to(tl.int32), BLOCKS), 0)
         line = parts + number * 4
-        part = table + 2 + number * 6
+        part = table + 2 + number * 7
         if (tl.load(part) > 0) | (tl.load(part + 5) >= 0):
             _task(
                 part, table, words, floats, halves, start + row, tl.minimum(rows - row, M),

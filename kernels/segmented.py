@@ -8,6 +8,7 @@ import triton
 from vllm_prinmix.kernels.descriptors import Arena, SiteTables
 from vllm_prinmix.kernels.expand import expand_kernel
 from vllm_prinmix.kernels.gather import BLOCKS, STEP, gather_kernel
+from vllm_prinmix.kernels.lookup import embedding_kernel, rms_norm_kernel
 from vllm_prinmix.kernels.segments import Segments
 from vllm_prinmix.kernels.shrink import shrink_kernel
 from vllm_prinmix.kernels.unpack import CHUNK, offset
@@ -15,12 +16,14 @@ from vllm_prinmix.kernels.unpack import CHUNK, offset
 DECODE_ROWS = 16  # of a segment, at most, for the kernels' decode shapes
 DECODE_BATCH = 64  # rows of a batch up to which all its segments take them
 UNLIMITED = 1 << 30
+LOOKUP_PROGRAMS = 4  # for each row of an embedding
 
 
 class Workspace:
     """What lies between the launches, shared by all sites: they run one after the other.
 
-    ``columns``: of t, `descriptors.columns` summed over a site's parts; ``groups``: tasks of a slot at a site.
+    ``columns``: of t, `descriptors.columns` summed over a site's parts; ``groups``: likewise. Both are
+    maxima over the tenants that may come.
     """
 
     def __init__(
@@ -71,8 +74,75 @@ def linear_(
             least, most, ASM=asm, SEGMENTS=segments.width,
             STEPS=triton.next_power_of_2(steps), **shape["shrink"],
         )  # fmt: skip
+    _expand(y, rows, site, arena, segments, workspace, programs, asm)
+
+
+def embedding_(
+    y: torch.Tensor,
+    ids: torch.Tensor,
+    site: SiteTables,
+    arena: Arena,
+    segments: Segments,
+    workspace: Workspace,
+    programs: int,
+    asm: bool,
+) -> None:
+    """y [rows, hidden] += dE[ids] for the rows of tenants; ids outside the table add nothing.
+
+    ``site``: widths (hidden,), cols the vocabulary, parts from `descriptors.embedding_part`.
+    """
+    rows = ids.shape[0]
+    if rows == 0:
+        return
+    embedding_kernel[(rows, LOOKUP_PROGRAMS)](
+        arena.words, arena.tables, arena.floats, arena.halves, site.entries, segments.slots, segments.starts,
+        segments.counts, segments.total, segments.order, ids, site.cols, site.col_offset, site.col_blocks,
+        site.row_blocks[0], site.widths[0], workspace.t, workspace.t.stride(0), workspace.partials,
+        workspace.partials.stride(0), y, y.stride(0), SEGMENTS=segments.width, num_warps=2,
+    )  # fmt: skip
+    _expand(y, rows, site, arena, segments, workspace, programs, asm)
+
+
+def norm_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    arena: Arena,
+    segments: Segments,
+    eps: float,
+) -> None:
+    """y = RMSNorm(x) with the tenant's weight, for the rows of tenants that have one; others stay.
+
+    x and y [rows, size] or [rows, heads, size], the last dimension contiguous. ``weights`` int64 [slots]:
+    position of a slot's float32 [size] in the arena, in elements; -1 for none.
+    """
+    x, y = (v.unsqueeze(1) if v.dim() == 2 else v for v in (x, y))
+    rows, heads, size = x.shape
+    if rows == 0:
+        return
+    block = triton.next_power_of_2(size)
+    rms_norm_kernel[(rows, heads)](
+        arena.floats, weights, segments.slots, segments.starts, segments.counts, segments.total,
+        segments.order, x, x.stride(0), x.stride(1), y, y.stride(0), y.stride(1), size, eps,
+        SEGMENTS=segments.width, SIZE=block, num_warps=min(max(block // 512, 1), 8),
+    )  # fmt: skip
+
+
+def _expand(
+    y: torch.Tensor,
+    rows: int,
+    site: SiteTables,
+    arena: Arena,
+    segments: Segments,
+    workspace: Workspace,
+    programs: int,
+    asm: bool,
+) -> None:
+    for shape, least, most in launches(rows):
         expand_kernel[(programs,)](
-            *views, *batch, site.parts, *between, y, y.stride(0), least, most,
+            arena.words, arena.tables, arena.floats, arena.halves, site.entries, segments.slots,
+            segments.starts, segments.counts, segments.order, site.parts, workspace.t, workspace.t.stride(0),
+            workspace.partials, workspace.partials.stride(0), y, y.stride(0), least, most,
             ASM=asm, SEGMENTS=segments.width, PARTS=len(site.widths), **shape["expand"],
         )  # fmt: skip
 
