@@ -201,7 +201,7 @@ def expand_kernel(
     tasks = tl.where(entry >= 0, block_groups * tl.cdiv(count, M), 0)
     ends = tl.cumsum(tasks)
     for task in range(tl.program_id(0), tl.sum(tasks), tl.num_programs(0)):
-        local, start, rows, slot = find_segment(task, ends, tasks, starts, counts, slots, SEGMENTS)
+        local, start, rows, slot = find_segment(task, ends, starts, counts, slots)
         row_blocks = tl.cdiv(rows, M)
         block, row = local // row_blocks, (local % row_blocks) * M
         table = tables + tl.load(entries + slot)

@@ -148,18 +148,38 @@ def _expand(
 
 
 # Rows per task decide: few leave the product bound by the packed bytes, many by the tensor cores.
+# Chosen so that no target spills registers and that every program fits the smallest shared memory (100 KB).
+# Two warps share 64 rows of codes: with four, Hopper and Blackwell would take instructions that want operands
+# in shared memory, which costs more than it brings while every code is unpacked in registers.
+# In the second product, 16 accumulators for 128 outputs leave room for 16 rows.
+COMMON = {"num_warps": 2, "enable_fp_fusion": True}  # stated, as Triton's default changes with its version
 DECODE = {
-    "shrink": {"M": 8, "STAGES": 3, "num_warps": 2},
-    "expand": {"M": 8, "BLOCKS": 4, "N": 64, "STAGES": 4, "num_warps": 2},
+    "shrink": {"M": 8, "STAGES": 3, **COMMON},
+    "expand": {"M": 8, "BLOCKS": 4, "N": 64, "STAGES": 4, **COMMON},
 }
 PREFILL = {
-    "shrink": {"M": 64, "STAGES": 2, "num_warps": 4},
-    "expand": {"M": 32, "BLOCKS": 4, "N": 64, "STAGES": 3, "num_warps": 4},
+    "shrink": {"M": 32, "STAGES": 2, **COMMON},
+    "expand": {"M": 16, "BLOCKS": 4, "N": 32, "STAGES": 3, **COMMON},
+}
+# AMD's matrix instructions take 16 rows at least.
+AMD_DECODE = {
+    "shrink": {"M": 16, "STAGES": 1, **COMMON},
+    "expand": {"M": 16, "BLOCKS": 4, "N": 32, "STAGES": 2, **COMMON},
+}
+AMD_PREFILL = {
+    "shrink": {"M": 16, "STAGES": 1, **COMMON},
+    "expand": {"M": 16, "BLOCKS": 4, "N": 32, "STAGES": 2, **COMMON},
 }
 
 
 def launches(rows: int) -> list[tuple[dict, int, int]]:
     """(shape, least and most rows of a segment that it takes) of each launch for a batch of ``rows``."""
+    decode, prefill = (AMD_DECODE, AMD_PREFILL) if torch.version.hip else (DECODE, PREFILL)
     if rows <= DECODE_BATCH:
-        return [(DECODE, 1, UNLIMITED)]
-    return [(DECODE, 1, DECODE_ROWS), (PREFILL, DECODE_ROWS + 1, UNLIMITED)]
+        return [(decode, 1, UNLIMITED)]
+    return [(decode, 1, DECODE_ROWS), (prefill, DECODE_ROWS + 1, UNLIMITED)]
+
+
+def programs_for(device: torch.device) -> int:
+    """Programs of a launch: as many as fit on the device at once (registers allow four of a decode shape)."""
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count

@@ -15,10 +15,10 @@ from vllm_prinmix.kernels.unpack import field_codes, product, rounded
 
 
 @triton.jit
-def find_segment(task, ends, tasks, starts, counts, slots, SEGMENTS: tl.constexpr):
-    """(task's position in its segment, first sorted row, rows, slot); ``ends``: running sum of ``tasks``."""
+def find_segment(task, ends, starts, counts, slots):
+    """(task's position in its segment, first sorted row, rows, slot); ``ends``: running sum of tasks."""
     segment = tl.sum((ends <= task).to(tl.int32))
-    before = tl.sum(tl.where(tl.arange(0, SEGMENTS) < segment, tasks, 0))
+    before = tl.max(tl.where(ends <= task, ends, 0))
     return (
         task - before,
         tl.load(starts + segment),
@@ -30,7 +30,6 @@ def find_segment(task, ends, tasks, starts, counts, slots, SEGMENTS: tl.constexp
 @triton.jit
 def _plane(
     acc,  # float32 [N, M]
-    factor,  # 2^place
     words,  # int16: the plane's first word for this task
     directions,
     blocks,
@@ -45,7 +44,7 @@ def _plane(
     M: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """acc += factor * q x over one plane of the group's codes."""
+    """acc + q x over one plane of the group's codes."""
     n = tl.arange(0, N)
     r = tl.arange(0, 32)  # a chunk of 8 codes from each of the step's 4 blocks
     m = tl.arange(0, M)
@@ -56,7 +55,6 @@ def _plane(
     x_at = x + m[None, :].to(tl.int64) * (steps * 512) + ((r // 8) * 128 + r % 8)[:, None]
     sums_at = sums + m.to(tl.int64) * (steps * 4) + WIDTH // 2
     here = m < rows
-    plane = tl.zeros((N, M), tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
         # Blocks after the last belong to x's zeros, but they may lie beyond the arena.
         inside = (r // 8 + step * 4 < blocks)[None, :]
@@ -64,13 +62,13 @@ def _plane(
             packed = tl.load(at + q * 128, mask=inside, other=0)
             for s in tl.static_range(16 // WIDTH):
                 xs = tl.load(x_at + (s * WIDTH + q) * 8, mask=here[None, :], other=0)
-                plane = product(field_codes(packed, s, WIDTH, DTYPE, ASM), xs, plane)
+                acc = product(field_codes(packed, s, WIDTH, DTYPE, ASM), xs, acc)
         if DTYPE != tl.float32:
-            plane -= tl.load(sums_at, mask=here, other=0.0)[None, :]
+            acc -= tl.load(sums_at, mask=here, other=0.0)[None, :]
         sums_at += 4
         at += 512 * WIDTH
         x_at += 512
-    return acc + plane * factor
+    return acc
 
 
 @triton.jit
@@ -104,24 +102,30 @@ def _task(
     directions = tl.load(group + 1).to(tl.int32)
     first = first.to(tl.int64)
     acc = tl.zeros((N, M), tl.float32)
-    for plane in range(tl.load(group + 9).to(tl.int32)):
+    planes = tl.load(group + 9).to(tl.int32)
+    previous = tl.load(group + 8 + planes * 3).to(tl.int32)
+    for done in range(planes):
+        # From the most significant plane down: what is there is scaled, so that one accumulator does.
+        plane = planes - 1 - done
         width = tl.load(group + 10 + plane * 3).to(tl.int32)
-        factor = (1 << tl.load(group + 11 + plane * 3).to(tl.int32)).to(tl.float32)
+        place = tl.load(group + 11 + plane * 3).to(tl.int32)
+        acc *= (1 << (previous - place)).to(tl.float32)
+        previous = place
         start = words + tl.load(group + 12 + plane * 3) * 8
         x_first, sums_first = x + first * (steps * 512), sums + first * (steps * 4)
         if width == 4:
             acc = _plane(
-                acc, factor, start, directions, blocks, x_first, sums_first, steps, rows,
+                acc, start, directions, blocks, x_first, sums_first, steps, rows,
                 DTYPE, ASM, 4, N, M, STAGES,
             )  # fmt: skip
         elif width == 2:
             acc = _plane(
-                acc, factor, start, directions, blocks, x_first, sums_first, steps, rows,
+                acc, start, directions, blocks, x_first, sums_first, steps, rows,
                 DTYPE, ASM, 2, N, M, STAGES,
             )  # fmt: skip
         else:
             acc = _plane(
-                acc, factor, start, directions, blocks, x_first, sums_first, steps, rows,
+                acc, start, directions, blocks, x_first, sums_first, steps, rows,
                 DTYPE, ASM, 1, N, M, STAGES,
             )  # fmt: skip
 
@@ -196,7 +200,7 @@ def shrink_kernel(
     tasks = groups * tl.cdiv(count, M)
     ends = tl.cumsum(tasks)
     for task in range(tl.program_id(0), tl.sum(tasks), tl.num_programs(0)):
-        local, start, rows, slot = find_segment(task, ends, tasks, starts, counts, slots, SEGMENTS)
+        local, start, rows, slot = find_segment(task, ends, starts, counts, slots)
         row_blocks = tl.cdiv(rows, M)
         number, row = local // row_blocks, (local % row_blocks) * M
         table = tables + tl.load(entries + slot)
