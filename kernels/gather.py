@@ -27,12 +27,11 @@ def gather_kernel(
     sums,  # out float32 [sorted rows, steps, 4]: sum(offset * x) for each line of `offsets`
     STEPS: tl.constexpr,  # of a program
 ):
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     if row < tl.load(total):
         source = x + tl.load(order + row).to(tl.int64) * x_stride
         k, line = tl.arange(0, 512), tl.arange(0, 4)
         weight = tl.load(offsets + line[:, None] * 512 + k[None, :])
-        row = row.to(tl.int64)
         for step in range(tl.program_id(1) * STEPS, min(tl.program_id(1) * STEPS + STEPS, steps)):
             at = step * 512 + k - col_offset
             values = tl.load(source + at, mask=(at >= 0) & (at < cols), other=0)

@@ -72,17 +72,16 @@ def embedding_kernel(
     SEGMENTS: tl.constexpr,
 ):
     DTYPE: tl.constexpr = t.dtype.element_ty
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     if row < tl.load(total):
         slot = _slot_of(row, starts, counts, slots, SEGMENTS)
         entry = tl.load(entries + slot)
         if entry >= 0:
             table = tables + entry
             target = tl.load(order + row).to(tl.int64)
-            row = row.to(tl.int64)
-            wanted = tl.load(ids + target).to(tl.int64)
-            known = (wanted >= 0) & (wanted < vocabulary)
-            wanted = tl.where(known, wanted, 0)
+            asked = tl.load(ids + target).to(tl.int64)
+            known = (asked >= 0) & (asked < vocabulary)
+            wanted = tl.where(known, asked, 0)
             groups = tl.load(table).to(tl.int32)
             group = table + tl.load(table + 1)
             if (groups > 0) & (tl.load(group + 8, mask=groups > 0, other=-1) >= 0):
@@ -90,9 +89,7 @@ def embedding_kernel(
                     _add_row(group, words, floats, halves, wanted, blocks, hidden, y + target * y_stride)
             else:
                 scale_at = tl.load(table + 8)
-                row_scale = 1.0
-                if scale_at >= 0:
-                    row_scale = tl.load(halves + scale_at + wanted).to(tl.float32)
+                row_scale = tl.load(halves + scale_at + wanted, mask=scale_at >= 0, other=1.0).to(tl.float32)
                 row_scale = tl.where(known, row_scale, 0.0)
                 n = tl.arange(0, 64)
                 code = wanted + id_offset
@@ -143,7 +140,7 @@ def rms_norm_kernel(
     SEGMENTS: tl.constexpr,
     SIZE: tl.constexpr,  # a power of two, at least `size`
 ):
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     if row < tl.load(total):
         entry = tl.load(entries + _slot_of(row, starts, counts, slots, SEGMENTS))
         if entry >= 0:

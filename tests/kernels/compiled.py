@@ -28,6 +28,7 @@ SHAPES = {
 POINTERS = {
     **{"words": "i16", "tables": "i64", "floats": "fp32", "halves": "fp16", "entries": "i64", "parts": "i64"},
     **{"slots": "i32", "starts": "i32", "counts": "i32", "order": "i32", "sums": "fp32", "partials": "fp32"},
+    **{"total": "i32", "ids": "i64", "offsets": "fp32"},
 }
 ALIGNED = {"t_stride", "y_stride"}  # multiples of 16, as the launches see them
 SEGMENTS, STEPS, PARTS = 64, 8, 3
@@ -45,16 +46,21 @@ class Code:
 
 def compile_kernel(kernel: str, shape: str, target: GPUTarget, dtype: str = "bf16"):
     """The kernel as `segmented` launches it on a device of this sort."""
-    function, options = KERNELS[kernel], dict(SHAPES[target.backend][shape][kernel])
+    options = dict(SHAPES[target.backend][shape][kernel])
     constants = {"ASM": target.backend == "cuda", "SEGMENTS": SEGMENTS, "STEPS": STEPS, "PARTS": PARTS}
-    signature, values, hints = {}, {}, {}
+    return compile_function(KERNELS[kernel], constants, options, target, dtype)
+
+
+def compile_function(function, constants: dict, options: dict, target: GPUTarget, dtype: str = "bf16"):
+    """``constants`` and ``options``: values of compile-time parameters; options also has Triton's own."""
+    signature, values, hints, options = {}, {}, {}, dict(options)
     for i, name in enumerate(function.arg_names):
         if name in constants or name in options:
             signature[name] = "constexpr"
             values[(i,)] = options.pop(name) if name in options else constants[name]
             continue
-        pointed = POINTERS.get(name) or (dtype if name in ("x", "t", "y") else None)
-        signature[name] = f"*{pointed}" if pointed else "i32"
+        pointed = POINTERS.get(name) or (dtype if name in ("x", "t", "y", "sorted_x") else None)
+        signature[name] = f"*{pointed}" if pointed else "fp32" if name == "eps" else "i32"
         if pointed or name in ALIGNED:
             hints[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=values, attrs=hints)

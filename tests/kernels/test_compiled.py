@@ -9,9 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from triton import JITFunction
 from triton.backends.compiler import GPUTarget
 
-from tests.kernels.compiled import KERNELS, compile_kernel, measure
+from tests.kernels.compiled import KERNELS, compile_function, compile_kernel, measure
+from vllm_prinmix.kernels.gather import gather_kernel
+from vllm_prinmix.kernels.lookup import embedding_kernel, rms_norm_kernel
 
 BUDGET = Path(__file__).with_name("sass_budget.json")
 SLACK = 1.02  # of the measured instruction count: another version of Triton may order things differently
@@ -65,6 +68,20 @@ def test_amd_compiles_without_spills(shape: str, kernel: str) -> None:
     text = compile_kernel(kernel, shape, GPUTarget("hip", "gfx942", 64)).asm["amdgcn"]
     assert "v_mfma" in text
     assert set(re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text)) == {"0"}
+
+
+@pytest.mark.parametrize("target", [GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "constants"),
+    [
+        (gather_kernel, {"STEPS": 8}),
+        (embedding_kernel, {"SEGMENTS": 64}),
+        (rms_norm_kernel, {"SEGMENTS": 64, "SIZE": 4096}),
+    ],
+    ids=["gather", "embedding", "norm"],
+)
+def test_the_smaller_kernels_compile(kernel: JITFunction, constants: dict, target: GPUTarget) -> None:
+    assert compile_function(kernel, constants, {"num_warps": 2}, target).asm
 
 
 def main() -> None:
