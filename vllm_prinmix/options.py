@@ -112,6 +112,10 @@ def from_namespace(namespace: argparse.Namespace) -> Options | None:
             "--enable-prinmix is given but --deltas is not",
             fix="add --deltas DIR, the folder with one delta folder per tenant",
         )
+    fields = {"deltas": namespace.deltas, "max_cpu_deltas": namespace.max_cpu_deltas}
+    if namespace.max_deltas is not None:
+        fields["max_deltas"] = namespace.max_deltas
+    options = Options(**fields)
     if not Path(namespace.deltas).is_dir():
         raise PrinMixError(
             "the folder of deltas does not exist",
@@ -121,7 +125,4 @@ def from_namespace(namespace: argparse.Namespace) -> Options | None:
         )
     if getattr(namespace, "enable_lora", False):
         raise PrinMixError("--enable-lora cannot be combined with --enable-prinmix yet", fix="drop one")
-    fields = {"deltas": namespace.deltas, "max_cpu_deltas": namespace.max_cpu_deltas}
-    if namespace.max_deltas is not None:
-        fields["max_deltas"] = namespace.max_deltas
-    return Options(**fields)
+    return options
