@@ -12,8 +12,9 @@ A table has a header, a line per part (slice of a packed layer's output: q, k, v
 * *runs*, the steps of the second: the directions of a class, one line per plane of its U codes.
 
 Kernels read whole tiles only: `whole_tiles` fills up the short last tile of each class with zeros on the
-way into memory (2.5 % more bytes for generated deltas of a 7B model, 13 % of a 0.5B one), since rows of fewer than 16 words can be neither read 16 bytes at
-a time nor copied asynchronously. t, between the two products, has a column per direction and a multiple
+way into memory, since rows of fewer than 16 words can be neither read 16 bytes at a time nor copied
+asynchronously (2.5 % more bytes for generated deltas of a 7B model, 13 % of a 0.5B one). t, between the
+two products, has a column per direction and a multiple
 of 64 per class; columns in excess are zero.
 """
 
