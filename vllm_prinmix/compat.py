@@ -27,7 +27,7 @@ TESTED = "0.32.0"
 class Internal:
     """A class or function of vLLM: places to look for it, and the parameters or attributes we rely on."""
 
-    places: tuple[str, ...]  # "module:qualified.name"
+    places: tuple[str, ...]  # "module:qualified.name", or "module:" for the module itself
     parameters: tuple[str, ...] = ()  # of a function
     attributes: tuple[str, ...] = ()  # of a class
 
@@ -78,6 +78,9 @@ INTERNALS: dict[str, Internal] = {
     ),
     "AsyncLLM": Internal(("vllm.v1.engine.async_llm:AsyncLLM",), attributes=("generate",)),
     "GenerationError": Internal(("vllm.exceptions:GenerationError",)),
+    "shm_broadcast": Internal(
+        ("vllm.distributed.device_communicators.shm_broadcast:",), attributes=("sched_yield",)
+    ),
     "init_logger": Internal(("vllm.logger:init_logger",)),
 }
 
@@ -93,7 +96,7 @@ def resolve(name: str) -> Any:
         module, _, path = place.partition(":")
         try:
             found: Any = importlib.import_module(module)
-            for part in path.split("."):
+            for part in filter(None, path.split(".")):
                 found = getattr(found, part)
         except (ImportError, AttributeError):
             continue

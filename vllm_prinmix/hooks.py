@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import functools
 import sys
+import time
 from http import HTTPStatus
 from types import ModuleType
 from typing import Any
@@ -107,6 +108,7 @@ def _patch_executor(module: ModuleType) -> None:
             from vllm_prinmix.scheduler import record_executor
 
             record_executor(self)
+            _sleep_while_waiting()
         init(self, vllm_config, *args, **kwargs)
 
     module.Executor.__init__ = init_and_record
@@ -123,11 +125,25 @@ def _patch_worker(module: ModuleType) -> None:
         from vllm_prinmix.manager import DeltaManager
 
         _patch_prompt_logprobs()
+        _sleep_while_waiting()
         tied = bool(getattr(vllm_config.model_config.hf_text_config, "tie_word_embeddings", False))
         self.lora_manager = DeltaManager(model, vllm_config.lora_config.max_loras, tied, device)
         return model
 
     mixin.load_lora_model = load_deltas_instead
+
+
+WAIT_SECONDS = 5e-5
+
+
+def _sleep_while_waiting() -> None:
+    """On the CPU, the engine and its workers sleep between two looks at a message queue.
+
+    vLLM's yield there (sched_yield) hands the core over for an instant at most: since Linux 6.6 the scheduler
+    comes back at once, and with few cores the API server starves. Streams then stall for seconds.
+    """
+    if resolve("current_platform").is_cpu():
+        resolve("shm_broadcast").sched_yield = functools.partial(time.sleep, WAIT_SECONDS)
 
 
 # Functions of the two model runners that compute logits for prompt tokens: (module, class, functions).

@@ -7,10 +7,11 @@ disk and never raises for a tenant.
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class DeltaManager:
         self._active: OrderedDict[int, int] = OrderedDict()  # id -> slot, least recently used first
         self._free = list(range(slots))
         self._warmup: set[int] = set()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prinmix-load")
+        self._thread = ThreadPoolExecutor(1, "prinmix-load", initializer=leave_worker_cores)
 
     # ---- host memory, as the scheduler says
 
@@ -153,6 +154,15 @@ class DeltaManager:
 
     def supports_tower_connector_lora(self) -> bool:
         return False
+
+
+def leave_worker_cores() -> None:
+    """Move this thread off the cores that vLLM bound its worker to on the CPU, if the engine has others."""
+    if hasattr(os, "sched_setaffinity"):
+        with suppress(OSError):  # the engine is gone, or may not be looked at
+            others = os.sched_getaffinity(os.getppid()) - os.sched_getaffinity(0)
+            if others:
+                os.sched_setaffinity(0, others)
 
 
 @contextmanager
