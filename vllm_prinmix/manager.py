@@ -19,13 +19,13 @@ import torch
 from torch import nn
 
 from vllm_prinmix import ops
+from vllm_prinmix.backend import BASE, Backend
+from vllm_prinmix.cpu_backend import CpuBackend
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format import delta as delta_files
-from vllm_prinmix.kernels import native
-from vllm_prinmix.sites import attach, load_sites
+from vllm_prinmix.loading import cut_to_rank
+from vllm_prinmix.sites import attach
 from vllm_prinmix.tenants import check_version, split_path
-
-Loaded = dict[int, ops.SiteDelta]
 
 
 class DeltaManager:
@@ -35,12 +35,11 @@ class DeltaManager:
     """
 
     def __init__(self, model: nn.Module, slots: int, tied: bool, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cpu":
-            native.library()  # compiled at most once per machine, and then not while a request waits
-        self.sites = attach(model, slots, tied)
-        self._host: dict[int, Loaded] = {}
-        self._loading: dict[int, Future[Loaded]] = {}
+        self.backend: Backend = CpuBackend(slots)
+        ops.use(self.backend)
+        self.modules = attach(model, self.backend, tied)
+        self._host: dict[int, Any] = {}
+        self._loading: dict[int, Future[Any]] = {}
         self._active: OrderedDict[int, int] = OrderedDict()  # id -> slot, least recently used first
         self._free = list(range(slots))
         self._warmup: set[int] = set()
@@ -66,11 +65,11 @@ class DeltaManager:
                     failed[number] = str(error) if isinstance(error, PrinMixError) else repr(error)
         return set(self._host), failed
 
-    def _load(self, request: Any) -> Loaded:
+    def _load(self, request: Any) -> Any:
         folder, version = split_path(request.lora_path)
         delta = delta_files.read_delta(folder)
         check_version(folder, version)
-        return load_sites(delta, self.sites, self.device)
+        return self.backend.prepare(cut_to_rank(delta, self.modules))
 
     # ---- one step
 
@@ -84,31 +83,26 @@ class DeltaManager:
             if number not in self._active:
                 self._activate(number, keep=set(numbers))
         if mapping is not None:
-            ops.step.tokens = self._rows(mapping.index_mapping)
-            ops.step.samples = self._rows(mapping.prompt_mapping)
+            tokens, samples = (self._slots(m) for m in (mapping.index_mapping, mapping.prompt_mapping))
+            # Warm-up's ids count, although they have no slot: see `Backend.active`.
+            self.backend.set_batch(tokens, samples, active=any(mapping.index_mapping))
 
     def _activate(self, number: int, keep: set[int]) -> None:
         if not self._free:
             # There are as many slots as distinct tenants in a batch, so one is always out of use.
             self._deactivate(next(n for n in self._active if n not in keep))
         slot = self._active[number] = self._free.pop()
-        for site, site_delta in self._host[number].items():
-            ops.sites[site].slots[slot] = site_delta
+        self.backend.activate(slot, self._host[number])
 
     def _deactivate(self, number: int) -> None:
         slot = self._active.pop(number)
-        for site in ops.sites:
-            site.slots[slot] = None
+        self.backend.deactivate(slot)
         self._free.append(slot)
 
-    def _rows(self, numbers: tuple[int, ...]) -> ops.Rows:
-        array = np.asarray(numbers, dtype=np.int64)
-        groups = []
-        for number in np.unique(array):
-            if (slot := self._active.get(int(number))) is not None:
-                rows = torch.from_numpy(np.flatnonzero(array == number)).to(self.device)
-                groups.append((slot, rows))
-        return ops.Rows(groups)
+    def _slots(self, numbers: tuple[int, ...]) -> np.ndarray:
+        """int64 [rows]: the slot of each row, whose tenants' ids are ``numbers``."""
+        present, inverse = np.unique(np.asarray(numbers, dtype=np.int64), return_inverse=True)
+        return np.array([self._active.get(int(n), BASE) for n in present], dtype=np.int64)[inverse]
 
     # ---- the rest of vLLM's adapter manager protocol
 
@@ -133,7 +127,8 @@ class DeltaManager:
         for number in list(self._active):
             self._deactivate(number)
         self._warmup.clear()
-        ops.step.tokens = ops.step.samples = ops.Rows()
+        nothing = np.empty(0, dtype=np.int64)
+        self.backend.set_batch(nothing, nothing, active=False)
 
     def list_adapters(self) -> set[int]:
         return set(self._host) | self._warmup
@@ -168,11 +163,12 @@ def leave_worker_cores() -> None:
 @contextmanager
 def prompt_rows(hidden_states: torch.Tensor) -> Iterator[None]:
     """While prompt log-probs are computed, logits are of views of ``hidden_states``: one row per token."""
-    ops.step.prompt_hidden = hidden_states
+    assert ops.backend is not None
+    ops.backend.prompt_hidden = hidden_states
     try:
         yield
     finally:
-        ops.step.prompt_hidden = None
+        ops.backend.prompt_hidden = None
 
 
 def with_prompt_rows(function: Callable, parameter: str = "hidden_states") -> Callable:

@@ -2,26 +2,42 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
 from tests.kernels.deltas import pack, random_factors, relative_error
-from vllm_prinmix import ops
+from vllm_prinmix import cpu_backend, ops
+from vllm_prinmix.backend import Site, SiteDelta
+from vllm_prinmix.cpu_backend import CpuBackend
 from vllm_prinmix.kernels import reference
-from vllm_prinmix.ops import Rows, Site, SiteDelta
 
 COLS = 96
+HEAD = Site("linear", (40,), COLS)
 
 
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
-    ops.reset()
     yield
-    ops.reset()
+    ops.use(None)
 
 
-def rows(*groups: tuple[int, list[int]]) -> Rows:
-    return Rows([(slot, torch.tensor(indices)) for slot, indices in groups])
+def serve(*sites: tuple[Site, list[SiteDelta | None]]) -> CpuBackend:
+    """A backend with these sites and the tenants' deltas in slots 0, 1, ...; the ops use it."""
+    tenants = max(len(deltas) for _, deltas in sites)
+    backend = CpuBackend(tenants)
+    for site, _ in sites:
+        backend.add_site(site)
+    for slot in range(tenants):
+        found = {n: deltas[slot] for n, (_, deltas) in enumerate(sites) if slot < len(deltas)}
+        backend.activate(slot, backend.prepare({n: d for n, d in found.items() if d is not None}))
+    ops.use(backend)
+    return backend
+
+
+def batch(backend: CpuBackend, tokens: list[int], samples: list[int] | None = None) -> None:
+    """The slot of every row, -1 for the base's."""
+    backend.set_batch(np.array(tokens), np.array(samples or []), active=True)
 
 
 def inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -30,15 +46,19 @@ def inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_linear_of_a_packed_layer(dtype: torch.dtype, compiled: bool) -> None:
+def test_linear_of_a_packed_layer(
+    dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three slices (q, k, v), of which tenant 1 lacks the second; a bias; a tenant without the site."""
     widths = (64, 32, 32)
     first = [random_factors(w, COLS, 9, (2, 3), seed=w + i) for i, w in enumerate(widths)]
     second = [random_factors(w, COLS, 5, (4,), seed=10 + w + i) for i, w in enumerate(widths)]
     bias = inputs(1, 128, seed=3)[0]
-    ops.sites.append(
-        Site(
-            widths,
+    if not compiled:
+        monkeypatch.setattr(cpu_backend.native, "library", lambda: None)
+    backend = serve(
+        (
+            Site("linear", widths, COLS, (0, 0, 0)),
             [
                 SiteDelta(parts=[pack(d) for d in first], bias=bias),
                 SiteDelta(parts=[pack(second[0]), None, pack(second[2])]),
@@ -46,10 +66,7 @@ def test_linear_of_a_packed_layer(dtype: torch.dtype, compiled: bool) -> None:
             ],
         )
     )
-    for delta in ops.sites[0].slots[:2] if compiled else []:
-        delta.prepare(widths)
-        assert delta.compiled is not None
-    ops.step.tokens = rows((0, [1, 4, 5]), (1, [2]), (2, [3]))
+    batch(backend, [-1, 0, 1, 2, 0, 0, -1])
     x, y = inputs(7, COLS).to(dtype), inputs(7, 128, seed=1).to(dtype)
     before = y.clone()
     torch.ops.prinmix.linear_(y, x, 0)
@@ -66,8 +83,7 @@ def test_linear_of_a_packed_layer(dtype: torch.dtype, compiled: bool) -> None:
 
 def test_a_padded_vocabulary_gets_nothing_in_its_padding() -> None:
     delta = random_factors(40, COLS, 6, (3,), seed=0)
-    ops.sites.append(Site((64,), [SiteDelta(parts=[pack(delta)])]))
-    ops.step.samples = rows((0, [0, 1]))
+    batch(serve((HEAD, [SiteDelta(parts=[pack(delta)])])), [], [0, 0])
     x, y = inputs(2, COLS), torch.zeros(2, 64)
     torch.ops.prinmix.logits_(y, x, 0)
     assert relative_error(y[:, :40], reference.linear(x, delta)) < 1e-6
@@ -75,7 +91,10 @@ def test_a_padded_vocabulary_gets_nothing_in_its_padding() -> None:
 
 
 def test_no_tenants_change_nothing() -> None:
-    ops.sites.append(Site((8,), [SiteDelta(parts=[pack(random_factors(8, COLS, 3, (2,), seed=0))])]))
+    delta = SiteDelta(parts=[pack(random_factors(8, COLS, 3, (2,), seed=0))])
+    backend = serve((Site("linear", (8,), COLS), [delta]))
+    batch(backend, [0, 0, 0])
+    backend.set_batch(np.array([-1, -1, -1]), np.array([-1]), active=False)
     y = inputs(3, 8)
     before = y.clone()
     torch.ops.prinmix.linear_(y, inputs(3, COLS), 0)
@@ -83,14 +102,12 @@ def test_no_tenants_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_embedding_adds_nothing_outside_the_table(compiled: bool) -> None:
+def test_embedding_adds_nothing_outside_the_table(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     delta = random_factors(50, COLS, 6, (3,), seed=0)
-    found = SiteDelta(parts=[pack(delta)])
-    if compiled:
-        found.prepare((50,), transposed=True)
-        assert found.compiled is not None
-    ops.sites.append(Site((50,), [found]))
-    ops.step.tokens = rows((0, [0, 1, 3]))
+    if not compiled:
+        monkeypatch.setattr(cpu_backend.native, "library", lambda: None)
+    backend = serve((Site("embedding", (50,), COLS), [SiteDelta(parts=[pack(delta)])]))
+    batch(backend, [0, 0, -1, 0])
     y = torch.zeros(4, COLS)
     torch.ops.prinmix.embedding_(y, torch.tensor([49, 63, 7, 0]), 0)
     expected = reference.embedding(torch.tensor([49, 0]), delta)
@@ -101,9 +118,11 @@ def test_embedding_adds_nothing_outside_the_table(compiled: bool) -> None:
 def test_a_tenant_that_overflows_stays_finite() -> None:
     """NaN in one tenant's KV blocks would reach whoever gets the blocks next."""
     delta = random_factors(32, COLS, 6, (3,), seed=0)
-    ops.sites.append(Site((32,), [SiteDelta(parts=[pack(delta)])]))
-    ops.sites.append(Site((0,), [SiteDelta(weight=torch.full((COLS,), 3e38))]))
-    ops.step.tokens = rows((0, [0, 1]))
+    backend = serve(
+        (Site("linear", (32,), COLS), [SiteDelta(parts=[pack(delta)])]),
+        (Site("norm", (COLS,)), [SiteDelta(weight=torch.full((COLS,), 3e38))]),
+    )
+    batch(backend, [0, 0, -1])
     x = inputs(3, COLS)
     x[0, 0], x[1, 1] = torch.nan, torch.inf
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -117,8 +136,7 @@ def test_a_tenant_that_overflows_stays_finite() -> None:
 
 def test_norm_replaces_the_weight() -> None:
     weight = inputs(1, 16, seed=5)[0]
-    ops.sites.append(Site((0,), [SiteDelta(weight=weight), SiteDelta()]))
-    ops.step.tokens = rows((0, [1]), (1, [2]))
+    batch(serve((Site("norm", (16,)), [SiteDelta(weight=weight), None])), [-1, 0, 1])
     x, y = inputs(3, 64).view(3, 4, 16), torch.zeros(3, 4, 16)
     torch.ops.prinmix.norm_(y, x, 0, 1e-6)
     assert relative_error(y[1], reference.rms_norm(x[1], weight, 1e-6)) < 1e-6
@@ -128,8 +146,8 @@ def test_norm_replaces_the_weight() -> None:
 def test_logits_see_sampled_rows_and_prompt_rows() -> None:
     """Sampled: one row a request. Prompt log-probs: views of the token rows, found by their address."""
     delta = random_factors(40, COLS, 6, (3,), seed=0)
-    ops.sites.append(Site((40,), [SiteDelta(parts=[pack(delta)])]))
-    ops.step.tokens, ops.step.samples = rows((0, [2, 3, 4])), rows((0, [1]))
+    backend = serve((HEAD, [SiteDelta(parts=[pack(delta)])]))
+    batch(backend, [-1, -1, 0, 0, 0, -1], [-1, 0])
     hidden = inputs(6, COLS)
     full = reference.linear(hidden, delta)
 
@@ -138,7 +156,7 @@ def test_logits_see_sampled_rows_and_prompt_rows() -> None:
     assert torch.equal(y[0], torch.zeros(40))
     assert relative_error(y[1], full[4]) < 1e-6
 
-    ops.step.prompt_hidden = hidden
+    backend.prompt_hidden = hidden
     y = torch.zeros(3, 40)
     torch.ops.prinmix.logits_(y, hidden[3:6], 0)
     assert relative_error(y[:2], full[3:5]) < 1e-6
@@ -147,6 +165,6 @@ def test_logits_see_sampled_rows_and_prompt_rows() -> None:
 
 def test_ops_are_registered_for_compilation() -> None:
     """torch.library's own check of schema, mutation and fake implementation."""
-    ops.sites.append(Site((8,), [SiteDelta(parts=[pack(random_factors(8, COLS, 3, (2,), seed=0))])]))
-    ops.step.tokens = rows((0, [0]))
+    delta = SiteDelta(parts=[pack(random_factors(8, COLS, 3, (2,), seed=0))])
+    batch(serve((Site("linear", (8,), COLS), [delta])), [0, -1])
     torch.library.opcheck(torch.ops.prinmix.linear_, (inputs(2, 8), inputs(2, COLS), 0))
