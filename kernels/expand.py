@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from vllm_prinmix.kernels.shrink import find_segment
-from vllm_prinmix.kernels.unpack import field_codes, product, rounded
+from vllm_prinmix.kernels.unpack import field_codes, finite, product
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def _task(
         y_at = y + target[None, :] + o[:, None]
         mask = here[None, :] & real[:, None]
         before = tl.load(y_at, mask=mask, other=0).to(tl.float32)
-        tl.store(y_at, rounded(before + value, y.dtype.element_ty), mask=mask)
+        tl.store(y_at, finite(before + value, y.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_prinmix.kernels.unpack import rounded
+from vllm_prinmix.kernels.unpack import finite, rounded
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _add_row(groups, words, floats, halves, row, blocks, hidden, y):
             codes += ((word >> (k % 128 // (8 * width) * width)) & ((1 << width) - 1)) << place
         before = tl.load(y + at_k, mask=at_k < hidden, other=0).to(tl.float32)
         value = before + (codes.to(tl.float32) - zero) * scale
-        tl.store(y + at_k, rounded(value, y.dtype.element_ty), mask=at_k < hidden)
+        tl.store(y + at_k, finite(value, y.dtype.element_ty), mask=at_k < hidden)
 
 
 @triton.jit
@@ -152,5 +152,5 @@ def rms_norm_kernel(
             wide = values.to(tl.float32)
             factor = tl.rsqrt(tl.sum(wide * wide) / size + eps)
             weight = tl.load(floats + entry + k, mask=mask, other=0.0)
-            out = rounded(wide * factor * weight, y.dtype.element_ty)
+            out = finite(wide * factor * weight, y.dtype.element_ty)
             tl.store(y + target * y_stride + head * y_head_stride + k, out, mask=mask)

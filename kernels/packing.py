@@ -69,7 +69,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     The planes follow one another, least significant first.
     Raises ValueError where a code does not fit ``bits``.
     """
-    if codes.numel() and int(codes.max()) >> bits:
+    if codes.numel() and not codes.is_meta and int(codes.max()) >> bits:
         raise ValueError(f"a code of {int(codes.max())} does not fit {bits} bits")
     length = codes.shape[1]
     padded = torch.nn.functional.pad(codes, (0, blocks(length) * BLOCK - length)).to(torch.int32)

@@ -30,7 +30,7 @@ class Workspace:
         self, rows: int, cols: int, columns: int, groups: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         steps = triton.cdiv(cols, STEP)
-        self.groups = groups
+        self.columns, self.groups = columns, groups
         chunks = torch.arange(STEP).view(-1, 8)[:, 0] // 8 % 16
         offsets = [[offset(c, w) for c in chunks.tolist()] for w in (1, 2, 4)]
         self.offsets = torch.tensor([*offsets, [1] * len(chunks)], dtype=torch.float32, device=device)

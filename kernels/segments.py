@@ -21,7 +21,6 @@ class Segments:
         self.tenants = self.rows = 0  # in the batch that was set last
         device = torch.device(device)
         size = 1 + 3 * self.width + max_rows
-        self._staged: Any = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._data = torch.zeros(size, dtype=torch.int32, device=device)
         self.total = self._data[:1]  # int32 [1]: rows in all segments
         self.slots = self._data[1 : 1 + self.width]  # int32 [width]
@@ -32,8 +31,7 @@ class Segments:
     def set(self, slots: np.ndarray) -> None:
         """``slots`` int [rows]: the slot of each row of the batch, -1 for the base's.
 
-        The copy to the device is asynchronous: the caller must not set the next batch before it is done
-        (vLLM prepares a step's inputs after the last step's were consumed).
+        The copy to the device is asynchronous, in order with the current stream's work.
         """
         if slots.shape[0] > self.max_rows:
             raise ValueError(f"a batch of {slots.shape[0]} rows exceeds the maximum of {self.max_rows}")
@@ -43,12 +41,13 @@ class Segments:
         if present.size > self.max_tenants:
             raise ValueError(f"a batch of {present.size} tenants exceeds the maximum of {self.max_tenants}")
         self.tenants, self.rows = present.size, order.size
-        staged = self._staged.numpy()
+        end = 1 + 3 * self.width + order.size
+        # Memory of its own each time, which torch keeps until the copy from it is done.
+        source: Any = torch.zeros(end, dtype=torch.int32, pin_memory=self._data.is_cuda)
+        staged = source.numpy()
         table = staged[1 : 1 + 3 * self.width].reshape(3, self.width)
         staged[0] = order.size
-        table[:] = 0
         for line, values in zip(table, (present, starts, counts), strict=True):
             line[: present.size] = values
-        end = 1 + 3 * self.width + order.size
-        staged[1 + 3 * self.width : end] = order
-        self._data[:end].copy_(self._staged[:end], non_blocking=True)
+        staged[1 + 3 * self.width :] = order
+        self._data[:end].copy_(source, non_blocking=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_prinmix.kernels.unpack import field_codes, product, rounded
+from vllm_prinmix.kernels.unpack import field_codes, finite, product, rounded
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def _task(
         y_at = y + target[None, :] * y_stride + output + n[:, None]
         kept = here[None, :] & real[:, None]
         before = tl.load(y_at, mask=kept, other=0).to(tl.float32)
-        tl.store(y_at, rounded(before + value, y.dtype.element_ty), mask=kept)
+        tl.store(y_at, finite(before + value, y.dtype.element_ty), mask=kept)
     else:
         # The next product sees rounded numbers, and what it must subtract is a sum over just these.
         t_value = rounded(value, DTYPE)

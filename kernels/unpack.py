@@ -113,3 +113,14 @@ def rounded(values, DTYPE: tl.constexpr):
         bits = values.to(tl.int32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return values.to(DTYPE)
+
+
+@triton.jit
+def finite(values, DTYPE: tl.constexpr):
+    """float32 values as DTYPE, NaN as 0 and overflow as the largest number.
+
+    A tenant whose numbers overflow must hurt itself alone, and NaN in its KV blocks would outlive it.
+    """
+    LIMIT: tl.constexpr = 65504.0 if DTYPE == tl.float16 else 3.3895313892515355e38  # bfloat16's largest
+    values = tl.where(values == values, values, 0.0)
+    return rounded(tl.minimum(tl.maximum(values, -LIMIT), LIMIT), DTYPE)

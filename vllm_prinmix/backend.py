@@ -60,6 +60,7 @@ class Backend(ABC):
         # Whether a tenant is in the batch. CUDA graphs of batches without one are captured with this unset:
         # what is launched may depend on it, and on nothing else of the batch.
         self.active = False
+        self.slot_bytes = 0  # of device memory that a slot takes
         # Set while prompt log-probs are computed: logits are then wanted for views of these token rows.
         self.prompt_hidden: torch.Tensor | None = None
 

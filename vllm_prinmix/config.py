@@ -85,13 +85,9 @@ def _refuse_unsupported(vllm_config: Any) -> None:
         "a pooling model": model.runner_type != "generate",
         "a multimodal model": model.is_multimodal_model,
         "a head in another dtype than the model": model.head_dtype != model.dtype,
+        "--enable-batch-sharded-sampling": getattr(parallel, "enable_batch_sharded_sampling", False),
         "--fully-sharded-loras": vllm_config.lora_config.fully_sharded_loras,
     }
-    if not resolve("current_platform").is_cpu() and not model.enforce_eager:
-        raise PrinMixError(
-            "on a GPU, PrinMix runs without CUDA graphs and compilation only, until its kernels are there",
-            fix="add --enforce-eager",
-        )
     for what, present in reasons.items():
         if present:
             raise PrinMixError(

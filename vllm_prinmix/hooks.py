@@ -126,8 +126,7 @@ def _patch_worker(module: ModuleType) -> None:
 
         _patch_prompt_logprobs()
         _sleep_while_waiting()
-        tied = bool(getattr(vllm_config.model_config.hf_text_config, "tie_word_embeddings", False))
-        self.lora_manager = DeltaManager(model, vllm_config.lora_config.max_loras, tied, device)
+        self.lora_manager = DeltaManager(model, vllm_config, device)
         return model
 
     mixin.load_lora_model = load_deltas_instead

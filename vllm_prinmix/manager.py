@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,24 +21,33 @@ from torch import nn
 
 from vllm_prinmix import ops
 from vllm_prinmix.backend import BASE, Backend
+from vllm_prinmix.compat import resolve
 from vllm_prinmix.cpu_backend import CpuBackend
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format import delta as delta_files
 from vllm_prinmix.loading import cut_to_rank
 from vllm_prinmix.sites import attach
-from vllm_prinmix.tenants import check_version, split_path
+from vllm_prinmix.tenants import Tenant, check_version, split_path
+
+logger = resolve("init_logger")("vllm.prinmix")
 
 
 class DeltaManager:
-    """One per worker process.
+    """One per worker process. model: the loaded base. Host memory is bounded by the scheduler."""
 
-    model: the loaded base. slots: distinct tenants per batch. host memory is bounded by the scheduler.
-    """
-
-    def __init__(self, model: nn.Module, slots: int, tied: bool, device: torch.device) -> None:
-        self.backend: Backend = CpuBackend(slots)
+    def __init__(self, model: nn.Module, vllm_config: Any, device: torch.device) -> None:
+        config = vllm_config.model_config
+        slots, tenants = vllm_config.lora_config.max_loras, vllm_config.lora_config.tenants
+        rows = vllm_config.scheduler_config.max_num_batched_tokens
+        self.backend = backend_for(device, slots, rows, config.dtype)
         ops.use(self.backend)
+        tied = bool(getattr(config.hf_text_config, "tie_word_embeddings", False))
         self.modules = attach(model, self.backend, tied)
+        self.backend.reserve(cut_to_rank(delta, self.modules) for delta in _descriptions(tenants))
+        if size := self.backend.slot_bytes:
+            packed = max(tenant.packed_bytes for tenant in tenants)
+            share = f"{size / packed:.2f} times the largest delta's file"
+            logger.info("PrinMix: %d slots of %.1f MB on this device, %s", slots, size / 1e6, share)
         self._host: dict[int, Any] = {}
         self._loading: dict[int, Future[Any]] = {}
         self._active: OrderedDict[int, int] = OrderedDict()  # id -> slot, least recently used first
@@ -149,6 +159,25 @@ class DeltaManager:
 
     def supports_tower_connector_lora(self) -> bool:
         return False
+
+
+def backend_for(device: torch.device, slots: int, rows: int, dtype: torch.dtype) -> Backend:
+    """``rows``: of a batch, at most."""
+    if device.type == "cpu":
+        return CpuBackend(slots)
+    # Triton is there only where vLLM has a GPU.
+    from vllm_prinmix.triton_backend import TritonBackend
+
+    return TritonBackend(slots, rows, dtype, device)
+
+
+def _descriptions(tenants: Iterable[Tenant]) -> Iterator[delta_files.Delta]:
+    """The tenants' deltas without their weights; without those that were broken since the start."""
+    for tenant in tenants:
+        try:
+            yield delta_files.describe(Path(tenant.folder))
+        except PrinMixError as error:
+            logger.warning("PrinMix: tenant %s cannot be loaded: %s", tenant.name, error)
 
 
 def leave_worker_cores() -> None:

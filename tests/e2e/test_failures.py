@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.demo.pipeline import Family
 from benchmarks.server import SMALL_MACHINE_ARGUMENTS, VllmServer
-from tests.e2e import slow_loads
+from tests.e2e import plugins, slow_loads
 from tests.e2e.client import Stream, complete, post, stream
 from tests.e2e.conftest import FLOAT32
 from vllm_prinmix.format.schema import WEIGHTS_FILE
@@ -39,7 +39,8 @@ def running(family: Family, logs: Path, tmp_path_factory: pytest.TempPathFactory
     for i, name in enumerate(names):
         shutil.copytree(family.tenants[i % len(family.tenants)].delta, deltas / name)
     (deltas / "bad-from-the-start" / WEIGHTS_FILE).write_bytes(b"")
-    environment = slow_loads.install(root / "plugin", "cold-", LOAD_SECONDS)
+    environment = plugins.install(slow_loads.__file__, root / "plugin")
+    environment[slow_loads.VARIABLE] = f"cold-:{LOAD_SECONDS}"
     arguments = (
         "--enable-prinmix",
         "--deltas",

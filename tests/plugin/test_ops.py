@@ -1,41 +1,64 @@
-"""The custom ops: the right tenant's delta on the right rows, base rows untouched bit for bit."""
+"""The custom ops: the right tenant's delta on the right rows, base rows untouched bit for bit.
 
-from collections.abc import Iterator
+On every backend that can run here: compiled CPU kernels, torch's operators, and, where Triton was imported
+with TRITON_INTERPRET=1 (test_interpreted_ops.py), the Triton kernels.
+"""
+
+import os
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from tests.kernels.deltas import pack, random_factors, relative_error
-from vllm_prinmix import cpu_backend, ops
-from vllm_prinmix.backend import Site, SiteDelta
+from tests.kernels.deltas import pack, random_factors, random_matrix, relative_error
+from vllm_prinmix import ops
+from vllm_prinmix.backend import Backend, Site, SiteDelta
 from vllm_prinmix.cpu_backend import CpuBackend
-from vllm_prinmix.kernels import reference
+from vllm_prinmix.errors import PrinMixError
+from vllm_prinmix.kernels import native, reference
 
 COLS = 96
 HEAD = Site("linear", (40,), COLS)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FLOAT32 = torch.float32
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 5e-3}
+
+Serve = Callable[..., Backend]
 
 
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    yield
+@pytest.fixture(params=["triton"] if INTERPRETED else ["compiled", "torch"])
+def serve(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+    """serve((site, tenants' deltas there), ..., dtype=...): a backend with deltas in slots 0, 1, ..."""
+
+    def start(*sites: tuple[Site, list[SiteDelta | None]], dtype: torch.dtype = FLOAT32) -> Backend:
+        tenants = max(len(deltas) for _, deltas in sites)
+        backend: Backend
+        if request.param == "triton":
+            from vllm_prinmix.triton_backend import TritonBackend
+
+            backend = TritonBackend(tenants, 32, dtype, torch.device("cpu"))
+        else:
+            backend = CpuBackend(tenants)
+        for site, _ in sites:
+            backend.add_site(site)
+        found = [
+            {n: deltas[i] for n, (_, deltas) in enumerate(sites) if i < len(deltas) and deltas[i] is not None}
+            for i in range(tenants)
+        ]
+        backend.reserve(found)
+        for slot, delta in enumerate(found):
+            backend.activate(slot, backend.prepare(delta))
+        ops.use(backend)
+        return backend
+
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    yield start
     ops.use(None)
 
 
-def serve(*sites: tuple[Site, list[SiteDelta | None]]) -> CpuBackend:
-    """A backend with these sites and the tenants' deltas in slots 0, 1, ...; the ops use it."""
-    tenants = max(len(deltas) for _, deltas in sites)
-    backend = CpuBackend(tenants)
-    for site, _ in sites:
-        backend.add_site(site)
-    for slot in range(tenants):
-        found = {n: deltas[slot] for n, (_, deltas) in enumerate(sites) if slot < len(deltas)}
-        backend.activate(slot, backend.prepare({n: d for n, d in found.items() if d is not None}))
-    ops.use(backend)
-    return backend
-
-
-def batch(backend: CpuBackend, tokens: list[int], samples: list[int] | None = None) -> None:
+def batch(backend: Backend, tokens: list[int], samples: list[int] | None = None) -> None:
     """The slot of every row, -1 for the base's."""
     backend.set_batch(np.array(tokens), np.array(samples or []), active=True)
 
@@ -44,18 +67,13 @@ def inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_linear_of_a_packed_layer(
-    dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_linear_of_a_packed_layer(dtype: torch.dtype, serve: Serve) -> None:
     """Three slices (q, k, v), of which tenant 1 lacks the second; a bias; a tenant without the site."""
     widths = (64, 32, 32)
     first = [random_factors(w, COLS, 9, (2, 3), seed=w + i) for i, w in enumerate(widths)]
     second = [random_factors(w, COLS, 5, (4,), seed=10 + w + i) for i, w in enumerate(widths)]
     bias = inputs(1, 128, seed=3)[0]
-    if not compiled:
-        monkeypatch.setattr(cpu_backend.native, "library", lambda: None)
     backend = serve(
         (
             Site("linear", widths, COLS, (0, 0, 0)),
@@ -64,7 +82,8 @@ def test_linear_of_a_packed_layer(
                 SiteDelta(parts=[pack(second[0]), None, pack(second[2])]),
                 None,
             ],
-        )
+        ),
+        dtype=dtype,
     )
     batch(backend, [-1, 0, 1, 2, 0, 0, -1])
     x, y = inputs(7, COLS).to(dtype), inputs(7, 128, seed=1).to(dtype)
@@ -72,7 +91,7 @@ def test_linear_of_a_packed_layer(
     torch.ops.prinmix.linear_(y, x, 0)
     for untouched in (0, 3, 6):
         assert torch.equal(y[untouched], before[untouched])
-    bound = 2e-6 if dtype == torch.float32 else 5e-3
+    bound = TOLERANCE[dtype]
     a, b = [1, 4, 5], [2]
     expected = before[a].double() + bias + torch.cat([reference.linear(x[a], d) for d in first], dim=1)
     assert relative_error(y[a], expected) < bound
@@ -81,7 +100,7 @@ def test_linear_of_a_packed_layer(
     assert relative_error(y[b], before[b].double() + torch.cat(parts, dim=1)) < bound
 
 
-def test_a_padded_vocabulary_gets_nothing_in_its_padding() -> None:
+def test_a_padded_vocabulary_gets_nothing_in_its_padding(serve: Serve) -> None:
     delta = random_factors(40, COLS, 6, (3,), seed=0)
     batch(serve((HEAD, [SiteDelta(parts=[pack(delta)])])), [], [0, 0])
     x, y = inputs(2, COLS), torch.zeros(2, 64)
@@ -90,7 +109,7 @@ def test_a_padded_vocabulary_gets_nothing_in_its_padding() -> None:
     assert torch.equal(y[:, 40:], torch.zeros(2, 24))
 
 
-def test_no_tenants_change_nothing() -> None:
+def test_no_tenants_change_nothing(serve: Serve) -> None:
     delta = SiteDelta(parts=[pack(random_factors(8, COLS, 3, (2,), seed=0))])
     backend = serve((Site("linear", (8,), COLS), [delta]))
     batch(backend, [0, 0, 0])
@@ -101,11 +120,8 @@ def test_no_tenants_change_nothing() -> None:
     assert torch.equal(y, before)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_embedding_adds_nothing_outside_the_table(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedding_adds_nothing_outside_the_table(serve: Serve) -> None:
     delta = random_factors(50, COLS, 6, (3,), seed=0)
-    if not compiled:
-        monkeypatch.setattr(cpu_backend.native, "library", lambda: None)
     backend = serve((Site("embedding", (50,), COLS), [SiteDelta(parts=[pack(delta)])]))
     batch(backend, [0, 0, -1, 0])
     y = torch.zeros(4, COLS)
@@ -115,26 +131,31 @@ def test_embedding_adds_nothing_outside_the_table(compiled: bool, monkeypatch: p
     assert torch.equal(y[[1, 2]], torch.zeros(2, COLS))
 
 
-def test_a_tenant_that_overflows_stays_finite() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_tenant_that_overflows_stays_finite(dtype: torch.dtype, serve: Serve) -> None:
     """NaN in one tenant's KV blocks would reach whoever gets the blocks next."""
     delta = random_factors(32, COLS, 6, (3,), seed=0)
     backend = serve(
         (Site("linear", (32,), COLS), [SiteDelta(parts=[pack(delta)])]),
         (Site("norm", (COLS,)), [SiteDelta(weight=torch.full((COLS,), 3e38))]),
+        (Site("linear", (COLS,), COLS), [SiteDelta(parts=[pack(random_matrix(COLS, COLS, 2, seed=0))])]),
+        dtype=dtype,
     )
     batch(backend, [0, 0, -1])
     x = inputs(3, COLS)
     x[0, 0], x[1, 1] = torch.nan, torch.inf
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        y = torch.zeros(3, 32, dtype=dtype)
-        torch.ops.prinmix.linear_(y, x.to(dtype), 0)
+    for op, width, *more in (
+        (torch.ops.prinmix.linear_, 32, 0),
+        (torch.ops.prinmix.norm_, COLS, 1, 1e-6),
+        (torch.ops.prinmix.linear_, COLS, 2),
+    ):
+        y = torch.zeros(3, width, dtype=dtype)
+        op(y, x.to(dtype), *more)
         assert torch.isfinite(y).all()
-        y = torch.zeros(3, COLS, dtype=dtype)
-        torch.ops.prinmix.norm_(y, x.to(dtype), 1, 1e-6)
-        assert torch.isfinite(y).all()
+        assert not y[2].any()
 
 
-def test_norm_replaces_the_weight() -> None:
+def test_norm_replaces_the_weight(serve: Serve) -> None:
     weight = inputs(1, 16, seed=5)[0]
     batch(serve((Site("norm", (16,)), [SiteDelta(weight=weight), None])), [-1, 0, 1])
     x, y = inputs(3, 64).view(3, 4, 16), torch.zeros(3, 4, 16)
@@ -143,7 +164,7 @@ def test_norm_replaces_the_weight() -> None:
     assert torch.equal(y[[0, 2]], torch.zeros(2, 4, 16))
 
 
-def test_logits_see_sampled_rows_and_prompt_rows() -> None:
+def test_logits_see_sampled_rows_and_prompt_rows(serve: Serve) -> None:
     """Sampled: one row a request. Prompt log-probs: views of the token rows, found by their address."""
     delta = random_factors(40, COLS, 6, (3,), seed=0)
     backend = serve((HEAD, [SiteDelta(parts=[pack(delta)])]))
@@ -163,8 +184,35 @@ def test_logits_see_sampled_rows_and_prompt_rows() -> None:
     assert torch.equal(y[2], torch.zeros(40))
 
 
-def test_ops_are_registered_for_compilation() -> None:
+def test_ops_are_registered_for_compilation(serve: Serve) -> None:
     """torch.library's own check of schema, mutation and fake implementation."""
     delta = SiteDelta(parts=[pack(random_factors(8, COLS, 3, (2,), seed=0))])
     batch(serve((Site("linear", (8,), COLS), [delta])), [0, -1])
     torch.library.opcheck(torch.ops.prinmix.linear_, (inputs(2, 8), inputs(2, COLS), 0))
+
+
+def test_a_slot_can_be_given_away(serve: Serve) -> None:
+    """What another tenant left in a slot is gone, at sites that the new one does not change too."""
+    first, second = (random_factors(40, COLS, 6, bits, seed=n) for n, bits in enumerate([(3,), (2,)]))
+    weight = inputs(1, COLS, seed=5)[0]
+    backend = serve(
+        (HEAD, [SiteDelta(parts=[pack(first)], bias=torch.ones(40))]),
+        (Site("norm", (COLS,)), [SiteDelta(weight=weight)]),
+    )
+    backend.deactivate(0)
+    backend.activate(0, backend.prepare({0: SiteDelta(parts=[pack(second)])}))
+    batch(backend, [0, -1])
+    x = inputs(2, COLS)
+    y, normed = torch.zeros(2, 40), torch.zeros(2, COLS)
+    torch.ops.prinmix.linear_(y, x, 0)
+    torch.ops.prinmix.norm_(normed, x, 1, 1e-6)
+    assert relative_error(y[:1], reference.linear(x[:1], second)) < TOLERANCE[FLOAT32]
+    assert not normed.any()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="slots of fixed size are the Triton backend's")
+def test_a_delta_too_large_for_its_slot_is_refused(serve: Serve) -> None:
+    small, large = (SiteDelta(parts=[pack(random_factors(40, COLS, n, (3,), seed=0))]) for n in (6, 70))
+    backend = serve((HEAD, [small]))
+    with pytest.raises(PrinMixError, match="larger than any"):
+        backend.prepare({0: large})

@@ -137,6 +137,25 @@ def check_weights_size(folder: Path, config: DeltaConfig) -> Path:
     return path
 
 
+def describe(folder: Path) -> Delta:
+    """A delta without its weights: packed tensors on the meta device, exact ones full of zeros.
+
+    Raises PrinMixError as `read_config` does.
+    """
+    import torch
+
+    from vllm_prinmix.format.payload import payload_bytes
+
+    config = read_config(folder)
+    tensors = {}
+    for name, spec in config.modules.items():
+        if isinstance(spec, Exact):
+            tensors[name] = torch.zeros(spec.shape)
+        else:
+            tensors[name] = torch.empty(payload_bytes(spec), dtype=torch.uint8, device="meta")
+    return Delta(Path(folder), config, tensors)
+
+
 def read_delta(folder: Path) -> Delta:
     """Read both files, compare sizes and checksums, and match every tensor with its description.
 
