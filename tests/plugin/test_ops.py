@@ -216,3 +216,19 @@ def test_a_delta_too_large_for_its_slot_is_refused(serve: Serve) -> None:
     backend = serve((HEAD, [small]))
     with pytest.raises(PrinMixError, match="larger than any"):
         backend.prepare({0: large})
+
+
+def test_a_tensor_parallel_slice(serve: Serve) -> None:
+    """Rows and columns that start within a block of 128."""
+    delta = random_factors(300, 400, 6, (2,), seed=0)
+    whole = pack(delta)
+    (row, last_row), (col, last_col) = (150, 300), (200, 400)
+    part = whole.slice_rows(row, last_row).slice_cols(col, last_col)
+    site = Site("linear", (last_row - row,), last_col - col, (row % 128,), col % 128)
+    batch(serve((site, [SiteDelta(parts=[part])])), [0, -1])
+    x, y = inputs(2, last_col - col), torch.zeros(2, last_row - row)
+    torch.ops.prinmix.linear_(y, x, 0)
+    padded = torch.zeros(1, 400)
+    padded[:, col:last_col] = x[:1]
+    assert relative_error(y[:1], reference.linear(padded, delta)[:, row:last_row]) < TOLERANCE[FLOAT32]
+    assert not y[1].any()
