@@ -28,9 +28,10 @@ lint: setup
 
 # Two processes of one thread each: what these tests compute is too small for threads.
 check: lint
-	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 -m "not server and not slow"
+	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 -m "not server and not slow and not targets"
 
 test: check
+	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 -m targets
 	$(RUN) pytest -m "server and not slow"
 
 test-slow: setup

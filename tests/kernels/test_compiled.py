@@ -28,7 +28,7 @@ CASES = [
         shape,
         kernel,
         id=f"sm_{arch}-{shape}-{kernel}",
-        marks=[] if shape == "decode" and arch == 90 else [pytest.mark.slow],
+        marks=[] if shape == "decode" and arch == 90 else [pytest.mark.targets],
     )
     for arch in (80, 89, 90, 100)
     for shape in ("decode", "prefill")
@@ -51,7 +51,7 @@ def test_instructions_per_weight(arch: int, shape: str, kernel: str) -> None:
             assert per_bits[bits] <= limit, f"{bits} bits"
 
 
-@pytest.mark.slow
+@pytest.mark.targets
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_float16_takes_no_more_than_bfloat16(kernel: str, arch: int) -> None:
@@ -63,7 +63,7 @@ def test_float16_takes_no_more_than_bfloat16(kernel: str, arch: int) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("shape", ["decode", pytest.param("prefill", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shape", ["decode", pytest.param("prefill", marks=pytest.mark.targets)])
 def test_amd_compiles_without_spills(shape: str, kernel: str) -> None:
     text = compile_kernel(kernel, shape, GPUTarget("hip", "gfx942", 64)).asm["amdgcn"]
     assert "v_mfma" in text
