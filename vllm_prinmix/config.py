@@ -85,7 +85,10 @@ def _refuse_unsupported(vllm_config: Any) -> None:
         "a pooling model": model.runner_type != "generate",
         "a multimodal model": model.is_multimodal_model,
         "a head in another dtype than the model": model.head_dtype != model.dtype,
-        "--enable-batch-sharded-sampling": getattr(parallel, "enable_batch_sharded_sampling", False),
+        # These hand a module another set of rows than the batch's, or the same rows in another order.
+        "microbatches (--enable-dbo)": parallel.use_ubatching,
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "--enable-batch-sharded-sampling": parallel.enable_batch_sharded_sampling,
         "--fully-sharded-loras": vllm_config.lora_config.fully_sharded_loras,
     }
     for what, present in reasons.items():
