@@ -15,11 +15,9 @@ from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.kernels.packing import factors_bytes
 from vllm_prinmix.kernels.quantized import QuantizedFactors
 
-# What a delta records of each module's report: all that is the same in every run, so no times.
-REPORTED = ("error", "error_v", "error_v_predicted", "error_rtc", "solver_gap")
-
 
 class Method(StrEnum):
+    PRINMIX = "prinmix"
     PAPER = "prinmix-paper"
 
 
@@ -30,17 +28,56 @@ class Solver(StrEnum):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every module is compressed."""
+    """How every module is compressed. max_active_bits: widths in a module, with `PRINMIX` pairs of widths."""
 
     method: Method = Method.PAPER
     bits: tuple[int, ...] = (0, 2, 3, 4, 5, 6, 7, 8)
     max_active_bits: int = 4
     solver: Solver = Solver.SCIP
 
+    @classmethod
+    def of(cls, method: Method) -> Recipe:
+        """The method as it is meant to be used."""
+        if method is Method.PRINMIX:
+            return cls(method, (0, 1, 2, 3, 4, 5, 6, 8), max_active_bits=6, solver=Solver.EXACT)
+        return cls(method)
+
+    def check(self) -> None:
+        """Raises PrinMixError for options that the method does not have."""
+        if self.method is Method.PRINMIX and (self.solver is not Solver.EXACT or 0 not in self.bits):
+            raise PrinMixError(
+                "an option does not fit the method",
+                where=f"--method {self.method}",
+                found=f"--solver {self.solver}, --bits {','.join(map(str, self.bits))}",
+                expected="--solver exact, and 0 among --bits",
+                fix="leave them out: the defaults are made for the method",
+            )
+
     def compress(
         self, dw: torch.Tensor, hessian: Hessian, budget_bytes: int
     ) -> tuple[QuantizedFactors, dict[str, Any]]:
-        """float32 dW [rows, cols] -> its factors of at most ``budget_bytes``, and what is REPORTED."""
+        """float32 dW [rows, cols] -> its factors of at most ``budget_bytes``, and its report.
+
+        The report is the same in every run: it has no times.
+        """
+        factors, report = (self._jointly if self.method is Method.PRINMIX else self._as_published)(
+            dw, hessian, budget_bytes
+        )
+        if not factors.directions and dw.any():
+            raise PrinMixError(
+                "not one direction was chosen, so nothing of the change would be kept",
+                found=f"--max-active-bits {self.max_active_bits}, --bits {','.join(map(str, self.bits))}",
+                expected="0 bits and another width at least: --max-active-bits 2 or more",
+            )
+        return factors, report
+
+    def _jointly(self, dw: torch.Tensor, hessian: Hessian, budget_bytes: int) -> Any:
+        from vllm_prinmix.compress.joint import Steps, compress_jointly
+
+        steps = Steps(bits=tuple(sorted(b for b in self.bits if b)), max_classes=self.max_active_bits)
+        return compress_jointly(dw, hessian, budget_bytes, steps)
+
+    def _as_published(self, dw: torch.Tensor, hessian: Hessian, budget_bytes: int) -> Any:
         from vllm_prinmix.compress.paper import compress_factors
 
         factors, report = compress_factors(
@@ -51,13 +88,8 @@ class Recipe:
             max_active_bits=self.max_active_bits,
             solver=self.solver.value,
         )
-        if not factors.directions and dw.any():
-            raise PrinMixError(
-                "not one direction was chosen, so nothing of the change would be kept",
-                found=f"--max-active-bits {self.max_active_bits}, --bits {','.join(map(str, self.bits))}",
-                expected="0 bits and another width at least: --max-active-bits 2 or more",
-            )
-        return factors, {name: getattr(report, name) for name in REPORTED}
+        names = ("error", "error_v", "error_v_predicted", "error_rtc", "solver_gap")
+        return factors, {name: getattr(report, name) for name in names}
 
 
 def budget(ratio: Fraction, rows: int, cols: int) -> int:

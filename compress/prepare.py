@@ -138,6 +138,7 @@ def _check_options(options: Options) -> None:
                 found=ratio,
                 expected="more than 0 and at most 1, such as 1/16 or 0.0625",
             )
+    options.recipe.check()
     bits = options.recipe.bits
     if not any(bits) or len(set(bits)) != len(bits) or not all(0 <= b <= 8 for b in bits):
         raise PrinMixError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
@@ -84,14 +85,25 @@ def compress(
         str, typer.Option(help="Upper limit: bytes of the linear layers / 2 bytes per weight.")
     ] = "1/16",
     embedding_ratio: Annotated[str, typer.Option(help="The same for embedding and lm_head.")] = "1/4",
-    bits: Annotated[str, typer.Option(help="Candidate bit-widths of a direction.")] = "0,2,3,4,5,6,7,8",
-    max_active_bits: Annotated[int, typer.Option(help="At most this many different widths per module.")] = 4,
-    method: Annotated[str, typer.Option(help="prinmix-paper.")] = "prinmix-paper",
+    method: Annotated[
+        str,
+        typer.Option(help="prinmix-paper (Algorithm 1 of the paper), or prinmix (less error)."),
+    ] = "prinmix-paper",
+    bits: Annotated[
+        str | None,
+        typer.Option(help="Candidate bit-widths of a direction; default: the method's."),
+    ] = None,
+    max_active_bits: Annotated[
+        int | None,
+        typer.Option(help="At most this many different widths (prinmix: pairs of V's and U's) per module."),
+    ] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples, drawn without replacement.")] = 128,
     sequence_length: Annotated[
         int, typer.Option(help="Longer samples give a random window of this length.")
     ] = 2048,
-    solver: Annotated[str, typer.Option(help="Of the bit allocation (Eq. 8): scip or exact.")] = "scip",
+    solver: Annotated[
+        str | None, typer.Option(help="Of the bit allocation (Eq. 8): scip or exact; default: the method's.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of samples and windows.")] = 0,
     device: Annotated[str, typer.Option(help="auto: cuda where there is one, else cpu.")] = "auto",
     overwrite: Annotated[
@@ -104,17 +116,19 @@ def compress(
     from vllm_prinmix.compress.prepare import Options
     from vllm_prinmix.compress.run import compress as run
 
+    recipe = Recipe.of(_choice("--method", method, Method))
+    if bits is not None:
+        recipe = replace(recipe, bits=_bits(bits))
+    if max_active_bits is not None:
+        recipe = replace(recipe, max_active_bits=max_active_bits)
+    if solver is not None:
+        recipe = replace(recipe, solver=_choice("--solver", solver, Solver))
     options = Options(
         base=base,
         finetuned=finetuned,
         out=out,
         calibration=calibration,
-        recipe=Recipe(
-            method=_choice("--method", method, Method),
-            bits=_bits(bits),
-            max_active_bits=max_active_bits,
-            solver=_choice("--solver", solver, Solver),
-        ),
+        recipe=recipe,
         ratio=_fraction("--ratio", ratio),
         embedding_ratio=_fraction("--embedding-ratio", embedding_ratio),
         samples=samples,
