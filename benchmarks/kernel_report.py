@@ -24,7 +24,7 @@ def table(results: dict[str, Any]) -> Table:
     """One line per case."""
     machine = results["machine"]
     on_gpu = machine["device"] != "cpu"
-    where = machine["name"] if on_gpu else f"{machine['threads']} threads"
+    where = machine["name"] if on_gpu else f"threads: {machine['threads']}"
     shown = Table(
         title=f"The deltas of one decoder layer, {where}",
         caption="dense, LoRA, dequantize: their time / ours; copy: "
@@ -81,7 +81,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
             _times(axis, [x for x in lines if x["tokens"] == count and x["ratio"] == ratios[0]])
             axis.set_title(f"{shape}, {count} token{'s' if count > 1 else ''} per tenant", fontsize=10)
         _shares(row[-1], lines, ratios, tokens)
-        row[-1].set_title(f"{shape}, ours", fontsize=10)
+        others = f" (dashed: {', '.join(ratios[1:])})" if ratios[1:] else ""
+        row[-1].set_title(f"{shape}, packed bytes{others}", fontsize=10)
     handles = {
         text: h
         for axis in axes[:, :-1].flat
@@ -92,7 +93,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False
         )
     machine = results["machine"]
-    figure.suptitle(f"Deltas of one decoder layer, ratio {ratios[0]} where not said, {machine['name']}")
+    figure.suptitle(f"Deltas ({ratios[0]}) of one decoder layer, {machine['name']}")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     write_file(path, picture.getvalue())
@@ -115,16 +116,17 @@ def _shares(axis: Any, lines: list[dict[str, Any]], ratios: list[str], tokens: l
             chosen = [x for x in lines if (x["tokens"], x["ratio"]) == (count, ratio) and "speed_up" in x]
             points = [(x["tenants"], 100 * x["share_of_copy"]) for x in chosen]
             if points:
-                label = f"{count} token{'s' if count > 1 else ''}, {ratio}"
+                label = f"{count} token{'s' if count > 1 else ''}" if ratio == ratios[0] else None
                 axis.plot(
                     *zip(*points, strict=True),
                     **{"color": f"C{5 + i}", "linestyle": dashes, "label": label},
                     **{"marker": "o", "markersize": 4},
                 )
-    axis.set(xscale="log", ylabel="packed bytes, % of copy bandwidth")
+    axis.set(xscale="log", ylabel="% of a copy's bandwidth")
     axis.set_ylim(bottom=0)
     if axis.lines:
-        axis.legend(frameon=False, fontsize=7)
+        axis.set_ylim(top=1.25 * axis.get_ylim()[1])  # room for the legend
+        axis.legend(frameon=False, fontsize=8, ncols=len(tokens), loc="upper center", columnspacing=1)
     _tenants(axis, lines)
 
 

@@ -42,6 +42,7 @@ DEFAULTS = {
         "seconds": 150.0,
     },
 }
+TABLE_WIDTH = 130  # in a file
 TOLERANCE = 0.02  # relative, between our outputs and those with a dense bfloat16 dW
 
 
@@ -140,6 +141,8 @@ def main(
 ) -> None:
     """Measure and show. Options left out depend on the device."""
     console = Console()
+    if not console.is_terminal:
+        console.width = TABLE_WIDTH
     try:
         where = pick_device(device)
         usual: dict[str, Any] = DEFAULTS[where.type]
