@@ -13,6 +13,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not INTERPRETED and Path(__file__).parent in item.path.parents:
