@@ -1,5 +1,6 @@
 # make demo   train a tiny base and three fine-tunes, compress them, serve them with vLLM, show the result
 # make test   everything that must pass; make check   the same without servers (under 3 minutes on an idle machine)
+# make gpu    everything that needs a GPU, without network, in about 8 minutes (see benchmarks/gpu.sh)
 # make setup  only installs into .venv; make test-slow  larger cases; make lint, make format, make clean
 PYTHON ?= python3
 # PyTorch's CPU wheels; asked only where plain pip has none.
@@ -9,7 +10,7 @@ export PYTHON TORCH_INDEX
 RUN := .venv/bin/python -m
 SOURCES := vllm_prinmix compress kernels benchmarks tests
 
-.PHONY: demo test test-slow check lint format setup clean
+.PHONY: demo test test-slow check lint format setup clean gpu
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +37,9 @@ test: check
 
 test-slow: setup
 	$(RUN) pytest -m slow
+
+gpu:
+	@bash benchmarks/gpu.sh
 
 format: setup
 	$(RUN) ruff check --fix $(SOURCES)

@@ -39,7 +39,7 @@ class VllmServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         self.command = [
-            str(Path(sys.executable).with_name("vllm")),
+            *_vllm(),
             "serve",
             str(model),
             "--host",
@@ -93,6 +93,12 @@ class VllmServer:
                 return response.status == 200
         except (urllib.error.URLError, OSError):
             return False
+
+
+def _vllm() -> list[str]:
+    """The command: of this environment, or the module where vLLM is only on PYTHONPATH."""
+    command = Path(sys.executable).with_name("vllm")
+    return [str(command)] if command.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
 def _free_port() -> int:

@@ -51,6 +51,23 @@ def test_what_is_written(generated: Path) -> None:
     assert abs(float(dense.mean())) < float(dense.std()) / 10
 
 
+def test_linked_deltas(tmp_path: Path) -> None:
+    import typer
+
+    app = typer.Typer()
+    app.command()(generate_delta.main)
+    arguments = ["--out", str(tmp_path / "out"), "--shape", "tiny", "--count", "5", "--distinct", "2"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    folders = sorted((tmp_path / "out" / "deltas").iterdir())
+    assert len(folders) == 5
+    files = {f.joinpath("delta.safetensors").stat().st_ino for f in folders}
+    assert len(files) == 2
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors = [read_delta(f).tensors[name] for f in folders]
+    assert torch.equal(tensors[0], tensors[2])
+    assert not torch.equal(tensors[0], tensors[1])
+
+
 def test_shapes_are_those_of_the_models() -> None:
     """Parameters in billions, as published."""
     from transformers import AutoConfig

@@ -1,4 +1,7 @@
-"""A site with its tenants in an arena, and batches run through it by the interpreted kernels."""
+"""A site with its tenants in an arena, and batches run through it by the Triton kernels.
+
+Interpreted on the CPU (TRITON_INTERPRET=1), else compiled on a GPU, with inline assembly on NVIDIA's.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+import triton
 
 from tests.kernels.deltas import pack, relative_error
 from vllm_prinmix.kernels import reference, segmented
@@ -15,6 +19,9 @@ from vllm_prinmix.kernels.quantized import QuantizedFactors, QuantizedMatrix
 from vllm_prinmix.kernels.segments import Segments
 
 Quantized = QuantizedFactors | QuantizedMatrix
+
+DEVICE = torch.device("cpu" if triton.knobs.runtime.interpret else "cuda")
+ASM = DEVICE.type == "cuda" and torch.version.hip is None
 
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
@@ -33,8 +40,9 @@ class Server:
         programs: int = 3,
     ) -> None:
         self.site, self.dtype, self.programs = site, dtype, programs
-        self.arena = Arena(torch.full((1 << 21,), 0x7F, dtype=torch.uint8))  # as if used before
-        self.segments = Segments(max_tenants, rows)
+        site.entries, site.parts = site.entries.to(DEVICE), site.parts.to(DEVICE)
+        self.arena = used_arena(1 << 21)
+        self.segments = Segments(max_tenants, rows, DEVICE)
         end = 0
         most = [1, 1]
         for slot, deltas in tenants.items():
@@ -45,15 +53,30 @@ class Server:
             need = [sum(columns(d) for d in whole), sum(groups(d) for d in whole)]
             most = [max(a, b) for a, b in zip(most, need, strict=True)]
         cols = site.col_blocks * 128
-        self.workspace = segmented.Workspace(rows, cols, *most, dtype=dtype, device="cpu")
+        self.workspace = segmented.Workspace(rows, cols, *most, dtype=dtype, device=DEVICE)
         for tensor in (self.workspace.x, self.workspace.t, self.workspace.sums, self.workspace.partials):
             tensor.fill_(float("nan"))  # what no launch wrote must not be read
 
     def linear_(self, y: torch.Tensor, x: torch.Tensor, slots: np.ndarray) -> None:
+        """x and y may be on the CPU, wherever the kernels run."""
         self.segments.set(slots)
+        y_there = y.to(DEVICE)
         segmented.linear_(
-            y, x, self.site, self.arena, self.segments, self.workspace, self.programs, asm=False
+            y_there,
+            x.to(DEVICE),
+            self.site,
+            self.arena,
+            self.segments,
+            self.workspace,
+            self.programs,
+            asm=ASM,
         )
+        y.copy_(y_there)
+
+
+def used_arena(size: int) -> Arena:
+    """Filled with 0x7F, as if it had been used before."""
+    return Arena(torch.full((size,), 0x7F, dtype=torch.uint8, device=DEVICE))
 
 
 def inputs(rows: int, cols: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:

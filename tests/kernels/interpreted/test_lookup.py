@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from tests.kernels.deltas import pack, random_factors, random_matrix, relative_error
-from tests.kernels.interpreted.serving import TOLERANCE
+from tests.kernels.interpreted.serving import ASM, DEVICE, TOLERANCE, used_arena
 from vllm_prinmix.kernels import reference, segmented
-from vllm_prinmix.kernels.descriptors import Arena, SiteTables, columns, embedding_part, groups, whole_tiles
+from vllm_prinmix.kernels.descriptors import SiteTables, columns, embedding_part, groups, whole_tiles
 from vllm_prinmix.kernels.packed import Packed
 from vllm_prinmix.kernels.segments import Segments
 
@@ -20,18 +20,18 @@ def embed(
     """float32 [rows, hidden]: what the tenants' deltas add."""
     first = next(iter(deltas.values()))
     hidden = first.cols.length
-    site = SiteTables((hidden,), vocabulary, 4, col_offset=first.rows.offset)
-    arena, segments = Arena(torch.full((1 << 20,), 0x7F, dtype=torch.uint8)), Segments(4, 100)
+    site = SiteTables((hidden,), vocabulary, 4, DEVICE, col_offset=first.rows.offset)
+    arena, segments = used_arena(1 << 20), Segments(4, 100, DEVICE)
     end, parts = 0, []
     for slot, delta in deltas.items():
         parts.append(embedding_part(whole_tiles(delta)))
         end = site.put(slot, parts[-1:], arena, end)
     need = [max(f(p.delta) for p in parts) for f in (columns, groups)]
-    workspace = segmented.Workspace(100, hidden, *need, dtype=dtype, device="cpu")
+    workspace = segmented.Workspace(100, hidden, *need, dtype=dtype, device=DEVICE)
     segments.set(np.array(slots))
-    y = torch.zeros(len(ids), hidden)
-    segmented.embedding_(y, ids, site, arena, segments, workspace, programs=2, asm=False)
-    return y
+    y = torch.zeros(len(ids), hidden, device=DEVICE)
+    segmented.embedding_(y, ids.to(DEVICE), site, arena, segments, workspace, programs=2, asm=ASM)
+    return y.cpu()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -73,12 +73,15 @@ def test_embedding_shard() -> None:
 def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(shape[-1], generator=generator)
-    arena, segments = Arena(torch.zeros(4096, dtype=torch.uint8)), Segments(4, 8)
+    arena, segments = used_arena(4096), Segments(4, 8, DEVICE)
     arena.put([weight], 16)
     x, y = torch.randn(*shape, generator=generator).to(dtype), torch.ones(*shape, dtype=dtype)
     slots = np.array([1, -1, 2, 1, -1])
     segments.set(slots)
-    segmented.norm_(y, x, torch.tensor([-1, 4, -1, -1]), arena, segments, eps=1e-6)
+    weights = torch.tensor([-1, 4, -1, -1], device=DEVICE)
+    y_there = y.to(DEVICE)
+    segmented.norm_(y_there, x.to(DEVICE), weights, arena, segments, eps=1e-6)
+    y.copy_(y_there)
     mine = torch.from_numpy(slots == 1)
     expected = reference.rms_norm(x[mine], weight, 1e-6)
     assert relative_error(y[mine], expected) < TOLERANCE[dtype]
