@@ -57,6 +57,8 @@ def compress_jointly(
     else:
         u, sigma, v = thin_svd(dw)
     keep = _useful(len(sigma), rows, cols, budget_bytes)
+    if not keep:
+        return no_directions(rows, cols, dw.device), {"error": 0.0}
     u, sigma, v = u[:, :keep], sigma[:keep], v[:keep]
     weight = sigma.double() ** 2 * hessian.norm(v)  # v_i H v_i^T S_i^2: what U's column i is worth
     v_errors = torch.stack([_best(v, hessian, b, steps)[0] for b in steps.bits], dim=1)
