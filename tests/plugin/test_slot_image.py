@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.generate_delta import SHAPES, directions
-from benchmarks.kernels import sites as layer_sites
+from benchmarks.layer import sites as layer_sites
 from tests.kernels.deltas import pack, random_factors, random_matrix
 from vllm_prinmix.backend import Site, SiteDelta, TenantDelta
 from vllm_prinmix.format.payload import payload_bytes
