@@ -7,105 +7,46 @@
 //
 // Plain C++ without headers of torch: it compiles in seconds where it is first used.
 
+#include "cpu_factors.h"
 #include "cpu_lookup.h"
-#include "cpu_planes.h"
-#include "cpu_vectors.h"
-
-extern "C" {
-
-// The structures are mirrored in native.py.
-
-struct BitClass {
-    const uint16_t *v, *u;
-    int32_t v_bits, u_bits, directions;
-};
-
-struct Slice { // a packed module: one slice of a layer's output; without classes, one that is not changed
-    const BitClass *classes;
-    const float *scale;              // [directions], the classes' one after another; zero points too
-    const uint16_t *v_zero, *u_zero; // float16 [directions]
-    const uint16_t *row_scale;       // float16 [rows] or null
-    int32_t n_classes;
-    int32_t u_blocks;
-    int32_t rows, row_offset; // which codes of U count, as in packed.Extent
-    int32_t y_start;          // its first column of y
-};
-
-struct Group { // rows of a batch that belong to one slot: `count` of the batch's list of rows, from `first` on
-    int32_t slot, first, count;
-};
-}
 
 namespace {
 
-constexpr int TILES_PER_TASK = 4;
+constexpr int MAX_TOKENS = 16; // of one tenant at once: what is laid out for them stays in the caches
 
-struct Part { // a slice as the tasks see it
-    Slice slice;
-    std::vector<Plane> u; // their `start` counts from the first column of the whole site's t
-    int start, directions;
-    int64_t tables; // of t, in front of this slice's
-};
-
-struct ShrinkTask {
-    std::vector<Plane> planes; // of one class of V
-    int start, first_tile, tiles;
-};
-
-struct ExpandTask {
-    const Part *part;
-    int block;
-};
-
-// A tenant's packed factors at one site. Columns of t are its directions, every class's begin at a multiple of TILE.
-struct Factors {
-    int cols, col_offset, blocks;
-    const float *bias; // [columns of y] or null
-    std::vector<Part> parts;
-    std::vector<float> scale, v_zero, u_zero; // [columns of t], zero where there is no direction
-    std::vector<ShrinkTask> shrink;
-    std::vector<ExpandTask> expand;
-    int64_t tables = 0; // of t
-};
-
-// The planes of `n` directions' codes; see PLANES in packing.py.
-std::vector<Plane> planes_of(const uint16_t *at, int bits, int n, int blocks, int start) {
-    std::vector<Plane> planes;
-    for (float place = 1; bits;) {
-        const int width = bits >= 4 ? 4 : bits >= 2 ? 2 : 1;
-        planes.push_back({at, width, n, start, place});
-        at += int64_t(n) * blocks * 8 * width;
-        place *= 1 << width;
-        bits -= width;
-    }
-    return planes;
-}
-
-// What is computed for one tenant in one call. Arrays have a row for each of its tokens; `single` of them, the
-// last ones, are computed by looking up.
+// What is computed for one tenant at once, of at most MAX_TOKENS tokens.
 struct Work {
     const Factors *factors;
     const int64_t *rows;
-    int count, single;
-    int64_t shrink_end, expand_end; // tasks up to and with this tenant's
-    float *x, *sums;                // [count][blocks * 128], [count]
-    float *t, *zeros;               // [count][columns of t], [count][parts]
-    float *x_tables, *t_tables;     // [single][tables][16]
+    int count;
+    int64_t shrink_end = 0, expand_end = 0;         // tasks up to and with this tenant's
+    float *x = nullptr, *sums = nullptr;            // [count][blocks * 128], [count]
+    float *t = nullptr, *zeros = nullptr;           // [count][columns of t], [count][parts]
+    float *x_tables = nullptr, *t_tables = nullptr; // [count][tables][16]
 
     int64_t width() const { return int64_t(factors->blocks) * BLOCK; }
     int64_t columns() const { return factors->scale.size(); }
+#ifdef PRINMIX_LOOKUP
+    Floats *tables_of_x(int row) const {
+        return (Floats *)x_tables + int64_t(row) * factors->blocks * TABLES_PER_BLOCK;
+    }
+    Floats *tables_of_t(int row, const Part &part) const {
+        return (Floats *)t_tables + row * factors->tables + part.tables;
+    }
+#endif
 };
 
 // Calls f(first token, how many as a constant) for pieces of n tokens: unpacked once for a piece.
 template <class F> void for_tokens(int n, F f) {
     int first = 0;
-    for (; n - first >= 16; first += 16)
-        f(first, std::integral_constant<int, 16>());
-    for (; n - first >= 4; first += 4)
-        f(first, std::integral_constant<int, 4>());
-    if constexpr (!LOOKUP)
+    if constexpr (!LOOKUP) {
+        for (; n - first >= 16; first += 16)
+            f(first, std::integral_constant<int, 16>());
+        for (; n - first >= 4; first += 4)
+            f(first, std::integral_constant<int, 4>());
         for (; n - first >= 2; first += 2)
             f(first, std::integral_constant<int, 2>());
+    }
     for (; first < n; first++)
         f(first, std::integral_constant<int, 1>());
 }
@@ -128,9 +69,7 @@ template <class Type> void gather(const Work &work, int row, const typename Type
         total += load(to + i);
     work.sums[row] = sum(total);
 #ifdef PRINMIX_LOOKUP
-    if (row >= work.count - work.single)
-        tables_of_x((Floats *)work.x_tables + int64_t(row - work.count + work.single) * factors.blocks * TABLES_PER_BLOCK,
-                    to, factors.blocks);
+    tables_of_x(work.tables_of_x(row), to, factors.blocks);
 #endif
 }
 
@@ -141,14 +80,9 @@ void shrink(const Work &work, const ShrinkTask &task) {
         for (const Plane &plane : task.planes)
             with_width(plane.width, [&](auto width) {
 #ifdef PRINMIX_LOOKUP
-                if constexpr (tokens.value == 1) {
-                    const Floats *tables = (const Floats *)work.x_tables +
-                                           int64_t(first - work.count + work.single) * factors.blocks * TABLES_PER_BLOCK;
-                    look_up_tiles<width.value, TILES_PER_TASK>(total[0], plane, task.first_tile, task.tiles,
-                                                               factors.blocks, tables);
-                    return;
-                }
-#endif
+                look_up_tiles<width.value, TILES_PER_TASK>(total[0], plane, task.first_tile, task.tiles, factors.blocks,
+                                                           work.tables_of_x(first));
+#else
                 for (int i = 0; i < task.tiles; i++) {
                     const int tile = task.first_tile + i, n = std::min(TILE, plane.directions - tile * TILE);
                     const uint16_t *at = plane.tile(tile, factors.blocks);
@@ -158,6 +92,7 @@ void shrink(const Work &work, const ShrinkTask &task) {
                     else
                         dot_plane<width.value, tokens.value>(total[i], at, n, factors.blocks, x, work.width(), plane.place);
                 }
+#endif
             });
         for (int i = 0; i < task.tiles; i++)
             for (int m = 0; m < tokens.value; m++) {
@@ -179,9 +114,7 @@ void prepare_expand(const Work &work, int row) {
             total += load(t + i) * load(&factors.u_zero[i]);
         work.zeros[row * factors.parts.size() + number] = sum(total);
 #ifdef PRINMIX_LOOKUP
-        if (row < work.count - work.single)
-            continue;
-        Floats *tables = (Floats *)work.t_tables + (row - work.count + work.single) * factors.tables + part.tables;
+        Floats *tables = work.tables_of_t(row, part);
         for (const Plane &plane : part.u)
             tables = tables_of_t(tables, t + plane.start, plane);
 #endif
@@ -197,21 +130,17 @@ void expand(const Work &work, const ExpandTask &task, typename Type::Element *y,
     const int begin = std::max(0, start), end = std::min(slice.rows, start + BLOCK);
     for_tokens(work.count, [&](int first, auto tokens) {
         float block[tokens.value][BLOCK] = {};
+#ifdef PRINMIX_LOOKUP
+        look_up_block(block[0], part.u, slice.u_blocks, task.block, work.tables_of_t(first, part));
+#else
         const auto multiply = [&](auto width) {
             combine<width.value, tokens.value>(block[0], part.u, slice.u_blocks, task.block,
                                                work.t + first * work.columns(), work.columns());
         };
-#ifdef PRINMIX_LOOKUP
-        if constexpr (tokens.value == 1) {
-            look_up_block(block[0], part.u, slice.u_blocks, task.block,
-                          (const Floats *)work.t_tables + (first - work.count + work.single) * factors.tables + part.tables);
-        } else
+        multiply(std::integral_constant<int, 1>());
+        multiply(std::integral_constant<int, 2>());
+        multiply(std::integral_constant<int, 4>());
 #endif
-        {
-            multiply(std::integral_constant<int, 1>());
-            multiply(std::integral_constant<int, 2>());
-            multiply(std::integral_constant<int, 4>());
-        }
         for (int m = 0; m < tokens.value; m++) {
             const float zero = work.zeros[(first + m) * factors.parts.size() + (&part - factors.parts.data())];
             typename Type::Element *to = y + work.rows[first + m] * y_stride + slice.y_start;
@@ -250,13 +179,12 @@ struct Scratch {
             };
             for (Work &work : works) {
                 const Factors &factors = *work.factors;
-                work.single = LOOKUP ? work.count % 4 : 0;
                 work.x = take(work.count * work.width());
                 work.sums = take(work.count);
                 work.t = take(work.count * work.columns());
                 work.zeros = take(work.count * factors.parts.size());
-                work.x_tables = take(int64_t(work.single) * factors.blocks * BLOCK / 2 * TILE);
-                work.t_tables = take(work.single * factors.tables * TILE);
+                work.x_tables = take(LOOKUP ? work.width() / 2 * TILE * work.count : 0);
+                work.t_tables = take(LOOKUP ? factors.tables * TILE * work.count : 0);
                 if (pass) {
                     work.shrink_end = shrink_end += factors.shrink.size();
                     work.expand_end = expand_end += factors.expand.size();
@@ -267,6 +195,17 @@ struct Scratch {
 };
 
 thread_local Scratch scratch;
+
+// Fills `scratch` with the tokens of every group from `from` on; whether there are any.
+bool collect(const Factors *const *table, const Group *groups, int n_groups, const int64_t *rows, int from) {
+    auto &works = scratch.works;
+    works.clear();
+    for (const Group *group = groups; group < groups + n_groups; group++)
+        if (table[group->slot] && group->count > from)
+            works.push_back({table[group->slot], rows + group->first + from, std::min(MAX_TOKENS, group->count - from)});
+    scratch.allocate();
+    return !works.empty();
+}
 
 // Calls f(work, index) for every index of every work, side by side; end(work): indices up to and with a work's.
 template <class End, class F> void for_each(const std::vector<Work> &works, End end, F f) {
@@ -283,46 +222,8 @@ template <class End, class F> void for_each(const std::vector<Work> &works, End 
 
 extern "C" {
 
-// A tenant's factors at a site from their description, which may go afterwards while the packed bytes stay.
-// t_given: only prinmix_expand is called.
 Factors *prinmix_prepare(const Slice *slices, int n_slices, int cols, int col_offset, const float *bias, int t_given) {
-    auto *factors = new Factors;
-    factors->cols = cols;
-    factors->col_offset = col_offset;
-    factors->blocks = (col_offset + cols + BLOCK - 1) / BLOCK;
-    factors->bias = bias;
-    int start = 0;
-    for (const Slice *slice = slices; slice < slices + n_slices; slice++) {
-        Part part{*slice, {}, start, 0, factors->tables};
-        int direction = 0;
-        for (const BitClass *cls = slice->classes; cls < slice->classes + slice->n_classes; cls++) {
-            const int n = cls->directions, tiles = (n + TILE - 1) / TILE;
-            if (!n)
-                continue;
-            for (Plane plane : planes_of(cls->u, cls->u_bits, n, slice->u_blocks, start)) {
-                part.u.push_back(plane);
-                factors->tables += int64_t(tiles) * (plane.width == 4 ? TILE : TILE / 2);
-            }
-            for (int tile = 0; !t_given && tile < tiles; tile += TILES_PER_TASK)
-                factors->shrink.push_back({planes_of(cls->v, cls->v_bits, n, factors->blocks, start), start, tile,
-                                           std::min(TILES_PER_TASK, tiles - tile)});
-            start += tiles * TILE;
-            for (auto *table : {&factors->scale, &factors->v_zero, &factors->u_zero})
-                table->resize(start);
-            for (int i = 0; i < n; i++, direction++) {
-                const int column = start - tiles * TILE + i;
-                factors->scale[column] = slice->scale[direction];
-                factors->v_zero[column] = load_as<Float16>(slice->v_zero + direction, 1)[0];
-                factors->u_zero[column] = load_as<Float16>(slice->u_zero + direction, 1)[0];
-            }
-        }
-        part.directions = start - part.start;
-        factors->parts.push_back(std::move(part));
-    }
-    for (const Part &part : factors->parts)
-        for (int block = 0; block < part.slice.u_blocks; block++)
-            factors->expand.push_back({&part, block});
-    return factors;
+    return prepare(slices, n_slices, cols, col_offset, bias, t_given).release();
 }
 
 void prinmix_free(Factors *factors) { delete factors; }
@@ -331,76 +232,72 @@ void prinmix_free(Factors *factors) { delete factors; }
 // x, y: rows `stride` numbers apart, of a type in native.py's DTYPES.
 void prinmix_linear(const Factors *const *table, const Group *groups, int n_groups, const int64_t *rows, const void *x,
                     int64_t x_stride, int x_type, void *y, int64_t y_stride, int y_type) {
-    auto &works = scratch.works;
-    works.clear();
-    for (const Group *group = groups; group < groups + n_groups; group++)
-        if (table[group->slot] && group->count)
-            works.push_back({table[group->slot], rows + group->first, group->count});
-    if (works.empty())
-        return;
-    scratch.allocate();
+    for (int from = 0; collect(table, groups, n_groups, rows, from); from += MAX_TOKENS) {
+        const auto &works = scratch.works;
 #pragma omp parallel
-    {
-        for (const Work &work : works) {
+        {
+            for (const Work &work : works) {
 #pragma omp for nowait
-            for (int row = 0; row < work.count; row++)
-                with_type(x_type, [&](auto type) {
-                    using Type = decltype(type);
-                    gather<Type>(work, row, (const typename Type::Element *)x + work.rows[row] * x_stride);
+                for (int row = 0; row < work.count; row++)
+                    with_type(x_type, [&](auto type) {
+                        using Type = decltype(type);
+                        gather<Type>(work, row, (const typename Type::Element *)x + work.rows[row] * x_stride);
+                    });
+            }
+#pragma omp barrier
+            for_each(
+                works, [](const Work &work) { return work.shrink_end; },
+                [](const Work &work, int64_t task) { shrink(work, work.factors->shrink[task]); });
+            for (const Work &work : works) {
+#pragma omp for nowait
+                for (int row = 0; row < work.count; row++)
+                    prepare_expand(work, row);
+            }
+#pragma omp barrier
+            for_each(
+                works, [](const Work &work) { return work.expand_end; },
+                [&](const Work &work, int64_t task) {
+                    with_type(y_type, [&](auto type) {
+                        using Type = decltype(type);
+                        expand<Type>(work, work.factors->expand[task], (typename Type::Element *)y, y_stride);
+                    });
                 });
         }
-#pragma omp barrier
-        for_each(
-            works, [](const Work &work) { return work.shrink_end; },
-            [](const Work &work, int64_t task) { shrink(work, work.factors->shrink[task]); });
-        for (const Work &work : works) {
-#pragma omp for nowait
-            for (int row = 0; row < work.count; row++)
-                prepare_expand(work, row);
-        }
-#pragma omp barrier
-        for_each(
-            works, [](const Work &work) { return work.expand_end; },
-            [&](const Work &work, int64_t task) {
-                with_type(y_type, [&](auto type) {
-                    using Type = decltype(type);
-                    expand<Type>(work, work.factors->expand[task], (typename Type::Element *)y, y_stride);
-                });
-            });
     }
 }
 
 // y[rows[i]] += t[i] times the directions. t: [count][directions], without the columns between classes.
 void prinmix_expand(const Factors *factors, const float *t, const int64_t *rows, int count, void *y, int64_t y_stride,
                     int y_type) {
-    auto &works = scratch.works;
-    works.assign(1, {factors, rows, count});
-    scratch.allocate();
-    const Work &work = works[0];
-    std::fill(work.t, work.t + count * work.columns(), 0.f);
-    for (int row = 0; row < count; row++)
-        for (const Part &part : factors->parts) {
-            const Plane *last = nullptr;
-            for (const Plane &plane : part.u)
-                if (!last || plane.start != last->start) {
-                    std::copy(t, t + plane.directions, work.t + row * work.columns() + plane.start);
-                    t += plane.directions;
-                    last = &plane;
-                }
-        }
+    const Group group = {0, 0, count};
+    for (int from = 0; collect(&factors, &group, 1, rows, from); from += MAX_TOKENS) {
+        const auto &works = scratch.works;
+        const Work &work = works[0];
+        std::fill(work.t, work.t + work.count * work.columns(), 0.f);
+        for (int row = 0; row < work.count; row++)
+            for (const Part &part : factors->parts) {
+                const Plane *last = nullptr;
+                for (const Plane &plane : part.u)
+                    if (!last || plane.start != last->start) { // a class's first plane
+                        std::copy(t, t + plane.directions, work.t + row * work.columns() + plane.start);
+                        t += plane.directions;
+                        last = &plane;
+                    }
+            }
 #pragma omp parallel
-    {
+        {
 #pragma omp for
-        for (int row = 0; row < count; row++)
-            prepare_expand(work, row);
-        for_each(
-            works, [](const Work &work) { return work.expand_end; },
-            [&](const Work &work, int64_t task) {
-                with_type(y_type, [&](auto type) {
-                    using Type = decltype(type);
-                    expand<Type>(work, factors->expand[task], (typename Type::Element *)y, y_stride);
+            for (int row = 0; row < work.count; row++)
+                prepare_expand(work, row);
+            for_each(
+                works, [](const Work &work) { return work.expand_end; },
+                [&](const Work &work, int64_t task) {
+                    with_type(y_type, [&](auto type) {
+                        using Type = decltype(type);
+                        expand<Type>(work, factors->expand[task], (typename Type::Element *)y, y_stride);
+                    });
                 });
-            });
+        }
     }
 }
 

@@ -2,15 +2,15 @@
 //
 // Two codes of 2 bits make an index of 4 bits, and a register holds the 16 floats that such an index selects
 // from: table[c] = a * (c & 3) + b * (c >> 2). One permutation and one addition do what takes two of each and two
-// conversions with multiplications, in float32 as there. Other planes become planes of 2 bits on the way: a plane
-// of 1 bit holds the codes of two words in the even and odd bits of one; one of 4 bits is two of 2 bits.
-// More tokens share the unpacking when they multiply (cpu_planes.h), so that this pays for single ones.
+// conversions with multiplications, in float32 as there. Other planes become planes of 2 bits on the way: one
+// of 1 bit has the codes of two words in its words' even and odd bits; one of 4 bits is two of 2 bits. Multiplying
+// (cpu_planes.h) can share the unpacking between tokens, but is slower even with 16 of them.
 
 #pragma once
 
 #include "cpu_planes.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(PRINMIX_PORTABLE)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
 #include <immintrin.h>
 
@@ -19,7 +19,6 @@
 constexpr bool LOOKUP = true;
 constexpr int TABLES_PER_BLOCK = BLOCK / 2; // of x
 constexpr int TABLES_PER_TILE = TILE / 2;   // of t, for a plane of 1 or 2 bits; twice as many for 4 bits
-constexpr int PREFETCH_TILES = 4;
 
 inline Floats table_of(float a, float b) {
     constexpr Floats low = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3};
@@ -68,6 +67,7 @@ inline void look_up_plane(Floats *total, const Plane &plane, int tile, int n, in
                     return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, at + g * apart + number * n));
                 };
                 const __m512i one = word(j);
+                __builtin_prefetch(at + (g + group) * apart + j * n); // of the next tiles
                 if constexpr (width == 1) {
                     const __m512i bits = _mm512_set1_epi32(0x5555);
                     add(g, 0, _mm512_and_si512(one, bits), tables + 4 * j);
@@ -148,13 +148,17 @@ inline void combine_tile(Floats *sums, __m512i *rows, const Floats *tables) {
         const __m512i even = merge(a, _mm512_slli_epi32(b, 2), 0x33333333);
         const __m512i odd = merge(_mm512_srli_epi32(a, 2), b, 0x33333333);
 #pragma GCC unroll 2
-        for (int k = 0; k < 2; k++)
+        for (int k = 0; k < 2; k++) {
+            const Floats table = tables[2 * q + k];
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) {
-                const Floats table = tables[2 * q + k];
                 sums[2 * i] += look_up(table, _mm512_srli_epi32(even, 16 * k + 4 * i));
                 sums[2 * i + 1] += look_up(table, _mm512_srli_epi32(odd, 16 * k + 4 * i));
             }
+            // Not looked up ahead of the additions: GCC would run out of registers.
+            asm("" : "+v"(sums[0]), "+v"(sums[1]), "+v"(sums[2]), "+v"(sums[3]));
+            asm("" : "+v"(sums[4]), "+v"(sums[5]), "+v"(sums[6]), "+v"(sums[7]));
+        }
     }
 }
 
@@ -180,10 +184,9 @@ inline void look_up_block(float *y, const std::vector<Plane> &planes, int blocks
             const int n = std::min(TILE, plane.directions - tile * TILE);
             const int64_t size = int64_t(8) * plane.width * n;
             const uint16_t *at = plane.tile(tile, blocks) + b * size;
-            // The next tiles' blocks are too far apart for the hardware to see a pattern.
-            const uint16_t *ahead = at + int64_t(PREFETCH_TILES) * TILE * blocks * 8 * plane.width;
+            // For the next block: tiles are too far apart for the hardware to see a pattern.
             for (int line = 0; line < size; line += 32)
-                __builtin_prefetch(ahead + line);
+                __builtin_prefetch(at + size + line);
             __m512i rows[8];
             if (plane.width == 2) {
                 load_rows<8>(rows, at, n);

@@ -1,4 +1,4 @@
-// Products with planes of codes (docs/format.md, "Planes") by multiplication: for any CPU and many tokens.
+// Products with planes of codes (docs/format.md, "Planes") by multiplication, on any CPU.
 //
 // A product with codes is the sum over their planes of 2^place times the product with the plane. A vector
 // register holds the same code of the 16 directions of a tile.

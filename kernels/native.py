@@ -28,7 +28,7 @@ from vllm_prinmix.kernels import packing
 from vllm_prinmix.kernels.packed import PackedFactors
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
-HEADERS = ("cpu_lookup.h", "cpu_planes.h", "cpu_vectors.h")
+HEADERS = ("cpu_factors.h", "cpu_lookup.h", "cpu_planes.h", "cpu_vectors.h")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
 
@@ -58,10 +58,13 @@ class _Slice(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, with a warning once, where they cannot be built or loaded."""
+def library(*flags: str) -> ctypes.CDLL | None:
+    """The compiled kernels; None, with a warning once, where they cannot be built or loaded.
+
+    ``flags``: more of the compiler's, for tests.
+    """
     try:
-        built = ctypes.CDLL(str(_build()))
+        built = ctypes.CDLL(str(_build(*flags)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         warnings.warn(
