@@ -191,7 +191,7 @@ def main(
     results = {
         "version": __version__,
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         },
@@ -206,7 +206,7 @@ def main(
     console.print(f"Written to {out / 'kernels.json'} and {out / 'kernels.png'}.", markup=False)
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

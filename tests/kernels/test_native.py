@@ -50,7 +50,7 @@ BOUNDS = {torch.float32: TOLERANCE, torch.bfloat16: 5e-3, torch.float16: 6e-4}
 @pytest.mark.parametrize("x_type", BOUNDS, ids=str)
 @pytest.mark.parametrize("y_type", BOUNDS, ids=str)
 def test_added_in_place(x_type: torch.dtype, y_type: torch.dtype) -> None:
-    """x and y are windows of larger tensors, rows unordered, a slot without factors, a slice without delta."""
+    """x and y are windows of larger tensors, rows unordered, a slot without factors, a slice without one."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(9, 300, generator=generator).to(x_type)[:, 40:240]
     y = torch.randn(9, 400, generator=generator).to(y_type)[:, 30:340]
