@@ -155,7 +155,7 @@ def summarize(runs: Sequence[tuple[str, dict[str, Any]]], packed_bytes: int) -> 
             }
         )
     drift = max((max(v) / min(v) - 1 for kind in found.values() for v in kind.values()), default=0.0)
-    resident = next((run["resident_bytes"] for kind, run in runs if kind == "prinmix"), [])
+    resident: list[int] = next((run["resident_bytes"] for kind, run in runs if kind == "prinmix"), [])
     # The first tenant's growth has what all share in it: the kernels' working memory.
     per_tenant = (resident[-1] - resident[0]) / (len(resident) - 1) if len(resident) > 1 else None
     return {

@@ -19,6 +19,7 @@
 constexpr bool LOOKUP = true;
 constexpr int TABLES_PER_BLOCK = BLOCK / 2; // of x
 constexpr int TABLES_PER_TILE = TILE / 2;   // of t, for a plane of 1 or 2 bits; twice as many for 4 bits
+constexpr int BLOCKS_AHEAD = 2;               // fetched into the second level's cache
 
 inline Floats table_of(float a, float b) {
     constexpr Floats low = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3};
@@ -28,6 +29,14 @@ inline Floats table_of(float a, float b) {
 
 inline Floats look_up(Floats table, __m512i index) {
     return (Floats)_mm512_permutexvar_ps(index, (__m512)table);
+}
+
+// Words of 16 bits from bit 4i on, as products' high halves: shifts would wait for the permutations' units.
+template <int i> inline __m512i from_nibble(__m512i words) {
+    if constexpr (i == 0)
+        return words;
+    else
+        return _mm512_mulhi_epu16(words, _mm512_set1_epi16(int16_t(1 << (16 - 4 * i))));
 }
 
 // (bits of a at the mask's ones) | (bits of b at its zeros)
@@ -55,9 +64,10 @@ inline void look_up_plane(Floats *total, const Plane &plane, int tile, int n, in
     constexpr int halves = width == 4 ? 2 : 1;
     Floats sums[group][halves][chains] = {};
     const auto add = [&](int g, int half, __m512i word, const Floats *four) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-            sums[g][half][i % chains] += look_up(four[i], _mm512_srli_epi32(word, 4 * i));
+        sums[g][half][0] += look_up(four[0], word);
+        sums[g][half][1] += look_up(four[1], from_nibble<1>(word));
+        sums[g][half][0] += look_up(four[2], from_nibble<2>(word));
+        sums[g][half][1] += look_up(four[3], from_nibble<3>(word));
     };
     for (int b = 0; b < blocks; b++, at += words * n, tables += TABLES_PER_BLOCK)
         for (int j = 0; j < steps; j++)
@@ -67,7 +77,7 @@ inline void look_up_plane(Floats *total, const Plane &plane, int tile, int n, in
                     return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, at + g * apart + number * n));
                 };
                 const __m512i one = word(j);
-                __builtin_prefetch(at + (g + group) * apart + j * n); // of the next tiles
+                __builtin_prefetch(at + (g + group) * apart + j * n, 0, 2); // of the next tiles
                 if constexpr (width == 1) {
                     const __m512i bits = _mm512_set1_epi32(0x5555);
                     add(g, 0, _mm512_and_si512(one, bits), tables + 4 * j);
@@ -150,11 +160,15 @@ inline void combine_tile(Floats *sums, __m512i *rows, const Floats *tables) {
 #pragma GCC unroll 2
         for (int k = 0; k < 2; k++) {
             const Floats table = tables[2 * q + k];
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) {
-                sums[2 * i] += look_up(table, _mm512_srli_epi32(even, 16 * k + 4 * i));
-                sums[2 * i + 1] += look_up(table, _mm512_srli_epi32(odd, 16 * k + 4 * i));
-            }
+            const __m512i evens = k ? _mm512_srli_epi32(even, 16) : even, odds = k ? _mm512_srli_epi32(odd, 16) : odd;
+            sums[0] += look_up(table, evens);
+            sums[1] += look_up(table, odds);
+            sums[2] += look_up(table, from_nibble<1>(evens));
+            sums[3] += look_up(table, from_nibble<1>(odds));
+            sums[4] += look_up(table, from_nibble<2>(evens));
+            sums[5] += look_up(table, from_nibble<2>(odds));
+            sums[6] += look_up(table, from_nibble<3>(evens));
+            sums[7] += look_up(table, from_nibble<3>(odds));
             // Not looked up ahead of the additions: GCC would run out of registers.
             asm("" : "+v"(sums[0]), "+v"(sums[1]), "+v"(sums[2]), "+v"(sums[3]));
             asm("" : "+v"(sums[4]), "+v"(sums[5]), "+v"(sums[6]), "+v"(sums[7]));
@@ -184,9 +198,10 @@ inline void look_up_block(float *y, const std::vector<Plane> &planes, int blocks
             const int n = std::min(TILE, plane.directions - tile * TILE);
             const int64_t size = int64_t(8) * plane.width * n;
             const uint16_t *at = plane.tile(tile, blocks) + b * size;
-            // For the next block: tiles are too far apart for the hardware to see a pattern.
-            for (int line = 0; line < size; line += 32)
-                __builtin_prefetch(at + size + line);
+            // For the blocks to come: tiles are too far apart for the hardware to see a pattern.
+            if (b + BLOCKS_AHEAD < blocks)
+                for (int line = 0; line < size; line += 32)
+                    __builtin_prefetch(at + BLOCKS_AHEAD * size + line, 0, 2);
             __m512i rows[8];
             if (plane.width == 2) {
                 load_rows<8>(rows, at, n);
