@@ -185,7 +185,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What the figures depend on."""
     found: dict[str, Any] = {"device": device.type, "torch": torch.__version__}
     if device.type == "cpu":
-        return {**found, "name": _processor(), "threads": torch.get_num_threads()}
+        return {**found, "name": processor(), "threads": torch.get_num_threads()}
     import triton
 
     properties = torch.cuda.get_device_properties(device)
@@ -200,7 +200,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

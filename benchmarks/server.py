@@ -87,6 +87,20 @@ class VllmServer:
                 continue
         self._process = None
 
+    def resident_bytes(self) -> int:
+        """Memory of all the server's processes; what several of them map counts once."""
+        assert self._process is not None, "the server does not run"
+        total = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                session = int(stat.read_text().rpartition(")")[2].split()[3])
+                if session == self._process.pid:
+                    lines = stat.with_name("smaps_rollup").read_text().splitlines()
+                    total += 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+            except (OSError, StopIteration):  # it has just ended
+                continue
+        return total
+
     def _answers(self) -> bool:
         try:
             with urllib.request.urlopen(f"{self.url}/health", timeout=2) as response:

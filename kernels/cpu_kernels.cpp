@@ -1,301 +1,337 @@
-// Products of activations with packed codes (docs/format.md, "Planes"), straight from the packed bytes.
+// What deltas add to a layer's output, straight from the packed bytes: one call for all tenants of a batch at one
+// site, which also gathers their rows of x and adds to theirs of y.
 //
-// One call of each function serves all tenants of a batch at one site. Tiles of directions are the tasks of
-// `shrink` (t = scale * (q_V x - v_zero * sum x)), blocks of 128 outputs those of `expand` (y += q_U t): no two
-// tasks write to the same place and every sum has a fixed order, so the result does not depend on the number of
-// threads. A product with codes is the sum over their planes of 2^place times the product with the plane. A
-// vector register holds the same code of the 16 directions of a tile.
+// First t = scale * (q_V x - v_zero * sum x), tiles of directions being the tasks; then y += row_scale * (q_U t -
+// sum u_zero t) + bias, with blocks of 128 outputs. No two tasks write to the same place and every sum has a fixed
+// order, so the result does not depend on the number of threads.
 //
-// Plain C++ with GCC's vector types, no headers of torch: it compiles in seconds where it is first used.
+// Plain C++ without headers of torch: it compiles in seconds where it is first used.
 
-#include <algorithm>
-#include <array>
-#include <cstdint>
-#include <cstring>
-#include <deque>
-#include <type_traits>
-#include <vector>
+#include "cpu_factors.h"
+#include "cpu_lookup.h"
 
 namespace {
 
-constexpr int TILE = 16, BLOCK = 128, MAX_TOKENS = 16;
+constexpr int MAX_TOKENS = 16; // of one tenant at once: what is laid out for them stays in the caches
 
-using Floats = float __attribute__((vector_size(4 * TILE)));
-using Ints = int32_t __attribute__((vector_size(4 * TILE)));
-using Words = uint16_t __attribute__((vector_size(2 * TILE)));
+// What is computed for one tenant at once, of at most MAX_TOKENS tokens.
+struct Work {
+    const Factors *factors;
+    const int64_t *rows;
+    int count;
+    int64_t shrink_end = 0, expand_end = 0;         // tasks up to and with this tenant's
+    float *x = nullptr, *sums = nullptr;            // [count][blocks * 128], [count]
+    float *t = nullptr, *zeros = nullptr;           // [count][columns of t], [count][parts]
+    float *x_tables = nullptr, *t_tables = nullptr; // [count][tables][16]
 
-// `width` bits of each word from bit `shift` on.
-template <int width> inline Floats codes(Words word, int shift) {
-    const Ints wide = __builtin_convertvector(word, Ints) >> shift;
-#ifdef __AVX512F__
-    // A permutation looks at the low four bits of its index only, so that it masks and converts at once.
-    constexpr int top = (1 << width) - 1;
-    const Floats lookup = {0 & top, 1 & top, 2 & top,  3 & top,  4 & top,  5 & top,  6 & top,  7 & top,
-                           8 & top, 9 & top, 10 & top, 11 & top, 12 & top, 13 & top, 14 & top, 15 & top};
-    return __builtin_shuffle(lookup, wide);
-#else
-    return __builtin_convertvector(wide & ((1 << width) - 1), Floats);
+    int64_t width() const { return int64_t(factors->blocks) * BLOCK; }
+    int64_t columns() const { return factors->scale.size(); }
+#ifdef PRINMIX_LOOKUP
+    Floats *tables_of_x(int row) const {
+        return (Floats *)x_tables + int64_t(row) * factors->blocks * TABLES_PER_BLOCK;
+    }
+    Floats *tables_of_t(int row, const Part &part) const {
+        return (Floats *)t_tables + row * factors->tables + part.tables;
+    }
 #endif
-}
-
-// A word of each of a tile's n directions; the others get zero.
-inline Words load(const uint16_t *from, int n) {
-    Words word = {};
-    if (n == TILE)
-        std::memcpy(&word, from, sizeof word);
-    else
-        std::memcpy(&word, from, 2 * n);
-    return word;
-}
-
-inline Floats load(const float *from) {
-    Floats value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
-
-// out[i] = the sum of the 16 entries of v[i]: vectors are added in pairs, half of each, until one is left.
-inline void sum_each(Floats *v, float *out) {
-    constexpr Ints even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-    for (int half = TILE / 2; half; half /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < half; i++)
-            v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) + __builtin_shuffle(v[2 * i], v[2 * i + 1], even + 1);
-    std::memcpy(out, v, sizeof *v);
-}
-
-// total[m][direction] += place * sum_k x[m][k] q[k][direction]. tile: [blocks][8 * width][n]; x: rows `stride` apart.
-template <int width, int tokens>
-void dot_plane(Floats *total, const uint16_t *tile, int n, int blocks, const float *x, int64_t stride, float place) {
-    constexpr int words = 8 * width, per_word = 16 / width;
-    constexpr int chains = tokens >= 4 ? 1 : 4 / tokens; // independent sums hide the latency of an addition
-    Floats sums[tokens][chains] = {};
-    for (int b = 0; b < blocks; b++)
-        for (int j = 0; j < words; j++) {
-            const Words word = load(tile + (int64_t(b) * words + j) * n, n);
-            const float *at = x + int64_t(b) * BLOCK + j;
-#pragma GCC unroll 16
-            for (int p = 0; p < per_word; p++) {
-                const Floats q = codes<width>(word, p * width);
-#pragma GCC unroll 16
-                for (int m = 0; m < tokens; m++)
-                    sums[m][p % chains] += q * at[m * stride + p * words];
-            }
-        }
-    for (int m = 0; m < tokens; m++)
-        for (int c = 0; c < chains; c++)
-            total[m] += place * sums[m][c];
-}
-
-// A plane of U's codes of one class: its t begins at column `start` of the slice's.
-struct Plane {
-    const uint16_t *words;
-    int directions, start;
-    float place;
 };
-
-// y[m][128] += sum over planes and directions of place * t[m][direction] * q[direction][128], for block b.
-template <int width, int tokens>
-void combine(float *y, const std::vector<Plane> &planes, int blocks, int b, const float *t, int64_t stride) {
-    constexpr int words = 8 * width, per_word = 16 / width;
-    // 16 outputs at once: shifts of the same word, as many as there are, and neighbouring words.
-    constexpr int shifts = std::min(per_word, TILE / tokens), neighbours = TILE / tokens / shifts;
-    if (planes.empty())
-        return;
-    for (int j = 0; j < words; j += neighbours)
-        for (int first = 0; first < per_word; first += shifts) {
-            Floats sums[TILE] = {}; // [neighbours][shifts][tokens]
-            for (const Plane &plane : planes) {
-                const auto add = [&](int tile, int n) __attribute__((always_inline)) {
-                    const uint16_t *at = plane.words + int64_t(tile) * TILE * blocks * words + (int64_t(b) * words + j) * n;
-                    // The place goes with whichever are fewer, t's entries or codes.
-                    constexpr bool few = tokens <= 4;
-                    const float *from = t + plane.start + tile * TILE;
-                    Floats scaled[few ? tokens : 1];
-                    if constexpr (few)
-#pragma GCC unroll 4
-                        for (int m = 0; m < tokens; m++)
-                            scaled[m] = load(from + m * stride) * plane.place;
-#pragma GCC unroll 4
-                    for (int k = 0; k < neighbours; k++) {
-                        const Words word = load(at + k * n, n);
-#pragma GCC unroll 16
-                        for (int p = 0; p < shifts; p++) {
-                            Floats q = codes<width>(word, (first + p) * width);
-                            if constexpr (!few)
-                                q *= plane.place;
-#pragma GCC unroll 16
-                            for (int m = 0; m < tokens; m++)
-                                sums[(k * shifts + p) * tokens + m] += q * (few ? scaled[m] : load(from + m * stride));
-                        }
-                    }
-                };
-                const int full = plane.directions / TILE, rest = plane.directions % TILE;
-                for (int tile = 0; tile < full; tile++)
-                    add(tile, TILE);
-                if (rest)
-                    add(full, rest);
-            }
-            float totals[TILE];
-            sum_each(sums, totals);
-            for (int k = 0; k < neighbours; k++)
-                for (int p = 0; p < shifts; p++)
-                    for (int m = 0; m < tokens; m++)
-                        y[m * BLOCK + (first + p) * words + j + k] += totals[(k * shifts + p) * tokens + m];
-        }
-}
-
-// Calls f(start of the plane, its width as a constant, 2^place) for each plane; see PLANES in packing.py.
-template <class F> void for_planes(const uint16_t *at, int bits, int64_t directions, int blocks, F f) {
-    float place = 1;
-    const auto plane = [&](auto width) {
-        f(at, width, place);
-        at += directions * blocks * 8 * width.value;
-        place *= 1 << width.value;
-        bits -= width.value;
-    };
-    while (bits)
-        if (bits >= 4)
-            plane(std::integral_constant<int, 4>());
-        else if (bits >= 2)
-            plane(std::integral_constant<int, 2>());
-        else
-            plane(std::integral_constant<int, 1>());
-}
 
 // Calls f(first token, how many as a constant) for pieces of n tokens: unpacked once for a piece.
 template <class F> void for_tokens(int n, F f) {
     int first = 0;
-    for (; n - first >= 16; first += 16)
-        f(first, std::integral_constant<int, 16>());
-    for (; n - first >= 4; first += 4)
-        f(first, std::integral_constant<int, 4>());
-    for (; n - first >= 2; first += 2)
-        f(first, std::integral_constant<int, 2>());
-    if (n > first)
+    if constexpr (!LOOKUP) {
+        for (; n - first >= 16; first += 16)
+            f(first, std::integral_constant<int, 16>());
+        for (; n - first >= 4; first += 4)
+            f(first, std::integral_constant<int, 4>());
+        for (; n - first >= 2; first += 2)
+            f(first, std::integral_constant<int, 2>());
+    }
+    for (; first < n; first++)
         f(first, std::integral_constant<int, 1>());
+}
+
+template <class Type> void gather(const Work &work, int row, const typename Type::Element *from) {
+    const Factors &factors = *work.factors;
+    float *to = work.x + row * work.width();
+    std::fill(to, to + factors.col_offset, 0.f);
+    std::fill(to + factors.col_offset + factors.cols, to + work.width(), 0.f);
+    float *at = to + factors.col_offset;
+    int i = 0;
+    for (; i + TILE <= factors.cols; i += TILE)
+        store(at + i, load_as<Type>(from + i, TILE));
+    if (i < factors.cols) {
+        const Floats rest = load_as<Type>(from + i, factors.cols - i);
+        std::memcpy(at + i, &rest, (factors.cols - i) * sizeof(float));
+    }
+    Floats total = {};
+    for (i = 0; i < work.width(); i += TILE)
+        total += load(to + i);
+    work.sums[row] = sum(total);
+#ifdef PRINMIX_LOOKUP
+    tables_of_x(work.tables_of_x(row), to, factors.blocks);
+#endif
+}
+
+void shrink(const Work &work, const ShrinkTask &task) {
+    const Factors &factors = *work.factors;
+    for_tokens(work.count, [&](int first, auto tokens) {
+        Floats total[TILES_PER_TASK][tokens.value] = {};
+        for (const Plane &plane : task.planes)
+            with_width(plane.width, [&](auto width) {
+#ifdef PRINMIX_LOOKUP
+                look_up_tiles<width.value, TILES_PER_TASK>(total[0], plane, task.first_tile, task.tiles, factors.blocks,
+                                                           work.tables_of_x(first));
+#else
+                for (int i = 0; i < task.tiles; i++) {
+                    const int tile = task.first_tile + i, n = std::min(TILE, plane.directions - tile * TILE);
+                    const uint16_t *at = plane.tile(tile, factors.blocks);
+                    const float *x = work.x + first * work.width();
+                    if (n == TILE) // a constant, once inlined
+                        dot_plane<width.value, tokens.value>(total[i], at, TILE, factors.blocks, x, work.width(), plane.place);
+                    else
+                        dot_plane<width.value, tokens.value>(total[i], at, n, factors.blocks, x, work.width(), plane.place);
+                }
+#endif
+            });
+        for (int i = 0; i < task.tiles; i++)
+            for (int m = 0; m < tokens.value; m++) {
+                const int column = task.start + (task.first_tile + i) * TILE;
+                store(work.t + (first + m) * work.columns() + column,
+                      load(&factors.scale[column]) * (total[i][m] - load(&factors.v_zero[column]) * work.sums[first + m]));
+            }
+    });
+}
+
+// What expand needs of each token beside t: a sum for the zero points, and tables.
+void prepare_expand(const Work &work, int row) {
+    const Factors &factors = *work.factors;
+    const float *t = work.t + row * work.columns();
+    for (size_t number = 0; number < factors.parts.size(); number++) {
+        const Part &part = factors.parts[number];
+        Floats total = {};
+        for (int i = part.start; i < part.start + part.directions; i += TILE)
+            total += load(t + i) * load(&factors.u_zero[i]);
+        work.zeros[row * factors.parts.size() + number] = sum(total);
+#ifdef PRINMIX_LOOKUP
+        Floats *tables = work.tables_of_t(row, part);
+        for (const Plane &plane : part.u)
+            tables = tables_of_t(tables, t + plane.start, plane);
+#endif
+    }
+}
+
+template <class Type>
+void expand(const Work &work, const ExpandTask &task, typename Type::Element *y, int64_t y_stride) {
+    const Factors &factors = *work.factors;
+    const Part &part = *task.part;
+    const Slice &slice = part.slice;
+    const int start = task.block * BLOCK - slice.row_offset; // the block's first row
+    const int begin = std::max(0, start), end = std::min(slice.rows, start + BLOCK);
+    for_tokens(work.count, [&](int first, auto tokens) {
+        float block[tokens.value][BLOCK] = {};
+#ifdef PRINMIX_LOOKUP
+        look_up_block(block[0], part.u, slice.u_blocks, task.block, work.tables_of_t(first, part));
+#else
+        const auto multiply = [&](auto width) {
+            combine<width.value, tokens.value>(block[0], part.u, slice.u_blocks, task.block,
+                                               work.t + first * work.columns(), work.columns());
+        };
+        multiply(std::integral_constant<int, 1>());
+        multiply(std::integral_constant<int, 2>());
+        multiply(std::integral_constant<int, 4>());
+#endif
+        for (int m = 0; m < tokens.value; m++) {
+            const float zero = work.zeros[(first + m) * factors.parts.size() + (&part - factors.parts.data())];
+            typename Type::Element *to = y + work.rows[first + m] * y_stride + slice.y_start;
+            for (int o = begin; o < end; o += TILE) {
+                const int n = std::min(TILE, end - o);
+                Floats value = load_as<Float32>(&block[m][o - start], n) - zero;
+                if (slice.row_scale)
+                    value *= load_as<Float16>(slice.row_scale + o, n);
+                if (factors.bias)
+                    value += load_as<Float32>(factors.bias + slice.y_start + o, n);
+                store_as<Type>(to + o, load_as<Type>(to + o, n) + value, n);
+            }
+        }
+    });
+}
+
+// Memory for a call's Work, kept for the next one: the worker calls from one thread.
+struct Scratch {
+    std::vector<Work> works;
+    std::vector<float> memory;
+
+    // Lays out what was appended to `works`.
+    void allocate() {
+        int64_t size = 0, shrink_end = 0, expand_end = 0;
+        for (int pass = 0; pass < 2; pass++) {
+            float *base = nullptr;
+            if (pass) {
+                memory.resize(std::max<int64_t>(memory.size(), size + TILE));
+                base = (float *)((uintptr_t(memory.data()) + 63) / 64 * 64);
+            }
+            size = 0;
+            const auto take = [&](int64_t count) {
+                float *at = base + size;
+                size += (count + TILE - 1) / TILE * TILE; // aligned like cache lines
+                return at;
+            };
+            for (Work &work : works) {
+                const Factors &factors = *work.factors;
+                work.x = take(work.count * work.width());
+                work.sums = take(work.count);
+                work.t = take(work.count * work.columns());
+                work.zeros = take(work.count * factors.parts.size());
+                work.x_tables = take(LOOKUP ? work.width() / 2 * TILE * work.count : 0);
+                work.t_tables = take(LOOKUP ? factors.tables * TILE * work.count : 0);
+                if (pass) {
+                    work.shrink_end = shrink_end += factors.shrink.size();
+                    work.expand_end = expand_end += factors.expand.size();
+                }
+            }
+        }
+    }
+};
+
+thread_local Scratch scratch;
+
+// Fills `scratch` with the tokens of every group from `from` on; whether there are any.
+bool collect(const Factors *const *table, const Group *groups, int n_groups, const int64_t *rows, int from) {
+    auto &works = scratch.works;
+    works.clear();
+    for (const Group *group = groups; group < groups + n_groups; group++)
+        if (table[group->slot] && group->count > from)
+            works.push_back({table[group->slot], rows + group->first + from, std::min(MAX_TOKENS, group->count - from)});
+    scratch.allocate();
+    return !works.empty();
+}
+
+// Calls f(work, index) for every index of every work, side by side; end(work): indices up to and with a work's.
+template <class End, class F> void for_each(const std::vector<Work> &works, End end, F f) {
+    const int64_t total = works.empty() ? 0 : end(works.back());
+#pragma omp for schedule(dynamic)
+    for (int64_t number = 0; number < total; number++) {
+        const auto found = std::upper_bound(works.begin(), works.end(), number,
+                                            [&](int64_t n, const Work &work) { return n < end(work); });
+        f(*found, number - (found == works.begin() ? 0 : end(found[-1])));
+    }
 }
 
 } // namespace
 
 extern "C" {
 
-// The structures are mirrored in native.py.
+Factors *prinmix_prepare(const Slice *slices, int n_slices, int cols, int col_offset, const float *bias, int t_given) {
+    return prepare(slices, n_slices, cols, col_offset, bias, t_given).release();
+}
 
-struct BitClass {
-    const uint16_t *v, *u;
-    int32_t v_bits, u_bits, directions, start; // start: of its directions in the tables
-};
+void prinmix_free(Factors *factors) { delete factors; }
 
-struct Slice { // a packed module: one slice of a layer's output
-    const BitClass *classes;
-    const float *scale, *v_zero, *u_zero; // [directions]
-    const float *row_scale;               // [rows] or null
-    int32_t n_classes, directions;
-    int32_t v_blocks, u_blocks;
-    int32_t rows, row_offset; // which codes of U count, as in packed.Extent
-    int32_t y_start;          // its first column of y
-};
-
-struct Tenant {
-    const Slice *slices;
-    int32_t n_slices, first, tokens; // its rows of x and y
-};
-
-// t[row][slice's columns] = scale * (q_V x - v_zero * sum x) for all tenants.
-// x: [rows][x_stride], zero in front of and behind the codes that count; x_sum: [rows]; t: [rows][t_stride].
-void prinmix_shrink(const Tenant *tenants, int n_tenants, const float *x, int64_t x_stride, const float *x_sum, float *t,
-                    int64_t t_stride) {
-    struct Task {
-        const Tenant *tenant;
-        const Slice *slice;
-        const BitClass *cls;
-        int64_t column;
-        int tile;
-    };
-    std::vector<Task> tasks;
-    for (const Tenant *tenant = tenants; tenant < tenants + n_tenants; tenant++) {
-        int64_t column = 0;
-        for (const Slice *slice = tenant->slices; slice < tenant->slices + tenant->n_slices; slice++) {
-            for (const BitClass *cls = slice->classes; cls < slice->classes + slice->n_classes; cls++)
-                for (int tile = 0; tile * TILE < cls->directions; tile++)
-                    tasks.push_back({tenant, slice, cls, column, tile});
-            column += slice->directions;
+// y[row] += x[row] dW^T + bias for the rows of each group whose slot has factors in `table`.
+// x, y: rows `stride` numbers apart, of a type in native.py's DTYPES.
+void prinmix_linear(const Factors *const *table, const Group *groups, int n_groups, const int64_t *rows, const void *x,
+                    int64_t x_stride, int x_type, void *y, int64_t y_stride, int y_type) {
+    for (int from = 0; collect(table, groups, n_groups, rows, from); from += MAX_TOKENS) {
+        const auto &works = scratch.works;
+#pragma omp parallel
+        {
+            for (const Work &work : works) {
+#pragma omp for nowait
+                for (int row = 0; row < work.count; row++)
+                    with_type(x_type, [&](auto type) {
+                        using Type = decltype(type);
+                        gather<Type>(work, row, (const typename Type::Element *)x + work.rows[row] * x_stride);
+                    });
+            }
+#pragma omp barrier
+            for_each(
+                works, [](const Work &work) { return work.shrink_end; },
+                [](const Work &work, int64_t task) { shrink(work, work.factors->shrink[task]); });
+            for (const Work &work : works) {
+#pragma omp for nowait
+                for (int row = 0; row < work.count; row++)
+                    prepare_expand(work, row);
+            }
+#pragma omp barrier
+            for_each(
+                works, [](const Work &work) { return work.expand_end; },
+                [&](const Work &work, int64_t task) {
+                    with_type(y_type, [&](auto type) {
+                        using Type = decltype(type);
+                        expand<Type>(work, work.factors->expand[task], (typename Type::Element *)y, y_stride);
+                    });
+                });
         }
-    }
-#pragma omp parallel for schedule(dynamic)
-    for (const Task &task : tasks) {
-        const int n = std::min(TILE, task.cls->directions - task.tile * TILE), blocks = task.slice->v_blocks;
-        const int start = task.cls->start + task.tile * TILE;
-        for_tokens(task.tenant->tokens, [&](int first, auto tokens) {
-            const int64_t row = task.tenant->first + first;
-            Floats total[tokens.value] = {};
-            for_planes(task.cls->v, task.cls->v_bits, task.cls->directions, blocks,
-                       [&](const uint16_t *plane, auto width, float place) {
-                           const uint16_t *tile = plane + int64_t(task.tile) * TILE * blocks * 8 * width.value;
-                           const float *from = x + row * x_stride;
-                           if (n == TILE) // a constant, once inlined
-                               dot_plane<width.value, tokens.value>(total, tile, TILE, blocks, from, x_stride, place);
-                           else
-                               dot_plane<width.value, tokens.value>(total, tile, n, blocks, from, x_stride, place);
-                       });
-            for (int m = 0; m < tokens.value; m++)
-                for (int i = 0; i < n; i++)
-                    t[(row + m) * t_stride + task.column + start + i] =
-                        task.slice->scale[start + i] * (total[m][i] - task.slice->v_zero[start + i] * x_sum[row + m]);
-        });
     }
 }
 
-// y[row][slice's columns] += row_scale * (q_U t - sum u_zero t) for all tenants. y: [rows][y_stride].
-// t has TILE more floats at its end than it needs.
-void prinmix_expand(const Tenant *tenants, int n_tenants, const float *t, int64_t t_stride, float *y, int64_t y_stride) {
-    struct Task {
-        const Tenant *tenant;
-        const Slice *slice;
-        int64_t column;
-        int block;
-        const std::vector<Plane> *planes; // of widths 1, 2 and 4
-    };
-    std::vector<Task> tasks;
-    std::deque<std::array<std::vector<Plane>, 3>> by_width;
-    for (const Tenant *tenant = tenants; tenant < tenants + n_tenants; tenant++) {
-        int64_t column = 0;
-        for (const Slice *slice = tenant->slices; slice < tenant->slices + tenant->n_slices; slice++) {
-            auto &planes = by_width.emplace_back();
-            for (const BitClass *cls = slice->classes; cls < slice->classes + slice->n_classes; cls++)
-                for_planes(cls->u, cls->u_bits, cls->directions, slice->u_blocks,
-                           [&](const uint16_t *plane, auto width, float place) {
-                               planes[width.value / 2].push_back({plane, cls->directions, cls->start, place});
-                           });
-            for (int block = 0; block < slice->u_blocks; block++)
-                tasks.push_back({tenant, slice, column, block, planes.data()});
-            column += slice->directions;
+// y[rows[i]] += t[i] times the directions. t: [count][directions], without the columns between classes.
+void prinmix_expand(const Factors *factors, const float *t, const int64_t *rows, int count, void *y, int64_t y_stride,
+                    int y_type) {
+    const Group group = {0, 0, count};
+    for (int from = 0; collect(&factors, &group, 1, rows, from); from += MAX_TOKENS) {
+        const auto &works = scratch.works;
+        const Work &work = works[0];
+        std::fill(work.t, work.t + work.count * work.columns(), 0.f);
+        for (int row = 0; row < work.count; row++)
+            for (const Part &part : factors->parts) {
+                const Plane *last = nullptr;
+                for (const Plane &plane : part.u)
+                    if (!last || plane.start != last->start) { // a class's first plane
+                        std::copy(t, t + plane.directions, work.t + row * work.columns() + plane.start);
+                        t += plane.directions;
+                        last = &plane;
+                    }
+            }
+#pragma omp parallel
+        {
+#pragma omp for
+            for (int row = 0; row < work.count; row++)
+                prepare_expand(work, row);
+            for_each(
+                works, [](const Work &work) { return work.expand_end; },
+                [&](const Work &work, int64_t task) {
+                    with_type(y_type, [&](auto type) {
+                        using Type = decltype(type);
+                        expand<Type>(work, factors->expand[task], (typename Type::Element *)y, y_stride);
+                    });
+                });
         }
     }
-#pragma omp parallel for schedule(dynamic)
-    for (const Task &task : tasks) {
-        const Slice &slice = *task.slice;
-        for_tokens(task.tenant->tokens, [&](int first, auto tokens) {
-            const int64_t row = task.tenant->first + first;
-            const float *from = t + row * t_stride + task.column;
-            float block[tokens.value][BLOCK] = {};
-            combine<1, tokens.value>(block[0], task.planes[0], slice.u_blocks, task.block, from, t_stride);
-            combine<2, tokens.value>(block[0], task.planes[1], slice.u_blocks, task.block, from, t_stride);
-            combine<4, tokens.value>(block[0], task.planes[2], slice.u_blocks, task.block, from, t_stride);
-            const int begin = std::max(0, task.block * BLOCK - slice.row_offset);
-            const int end = std::min(slice.rows, (task.block + 1) * BLOCK - slice.row_offset);
-            for (int m = 0; m < tokens.value; m++) {
-                float zero = 0;
-                for (int i = 0; i < slice.directions; i++)
-                    zero += from[m * t_stride + i] * slice.u_zero[i];
-                float *to = y + (row + m) * y_stride + slice.y_start;
-                for (int o = begin; o < end; o++) {
-                    const float value = block[m][o + slice.row_offset - task.block * BLOCK] - zero;
-                    to[o] += slice.row_scale ? value * slice.row_scale[o] : value;
-                }
-            }
-        });
+}
+
+// y[row][head] = RMSNorm(x[row][head]) * weight for the rows of each group whose slot has a weight in `table`.
+// x, y: [rows][heads][size], rows and heads `stride` and `inner` numbers apart.
+void prinmix_norm(const float *const *table, const Group *groups, int n_groups, const int64_t *rows, int heads, int size,
+                  float eps, const void *x, int64_t x_stride, int64_t x_inner, int x_type, void *y, int64_t y_stride,
+                  int64_t y_inner, int y_type) {
+    for (const Group *group = groups; group < groups + n_groups; group++) {
+        const float *weight = table[group->slot];
+        if (!weight)
+            continue;
+#pragma omp parallel for collapse(2) if (int64_t(group->count) * heads * size > 1 << 15)
+        for (int i = 0; i < group->count; i++)
+            for (int head = 0; head < heads; head++)
+                with_type(x_type, [&](auto in) {
+                    with_type(y_type, [&](auto out) {
+                        using In = decltype(in);
+                        using Out = decltype(out);
+                        const int64_t row = rows[group->first + i];
+                        const auto *from = (const typename In::Element *)x + row * x_stride + head * x_inner;
+                        auto *to = (typename Out::Element *)y + row * y_stride + head * y_inner;
+                        Floats total = {};
+                        for (int k = 0; k < size; k += TILE) {
+                            const Floats value = load_as<In>(from + k, std::min(TILE, size - k));
+                            total += value * value;
+                        }
+                        const float factor = 1 / std::sqrt(sum(total) / size + eps);
+                        for (int k = 0; k < size; k += TILE) {
+                            const int n = std::min(TILE, size - k);
+                            store_as<Out>(to + k, load_as<In>(from + k, n) * factor * load_as<Float32>(weight + k, n), n);
+                        }
+                    });
+                });
     }
 }
 }

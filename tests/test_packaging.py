@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_prinmix.kernels.native import HEADERS, SOURCE
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -40,7 +42,11 @@ def sources() -> set[str]:
 
 def test_the_wheel_has_every_module_and_nothing_else(wheel: Path) -> None:
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    assert names == sources() | {"vllm_prinmix/kernels/cpu_kernels.cpp"}
+    native = {
+        f"vllm_prinmix/kernels/{p.name}" for p in (ROOT / "kernels").glob("*") if p.suffix in (".cpp", ".h")
+    }
+    assert names == sources() | native
+    assert set(HEADERS) | {SOURCE.name} == {Path(name).name for name in native}, "what a build depends on"
 
 
 def test_the_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:

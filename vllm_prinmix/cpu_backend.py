@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,37 +15,34 @@ from vllm_prinmix.kernels.packed import PackedFactors
 
 
 @dataclass
-class Rows:
-    """Which rows of a batch belong to which tenant: (slot, indices), base rows in none."""
-
-    groups: list[tuple[int, torch.Tensor]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, slots: np.ndarray) -> Rows:
-        present = np.unique(slots)
-        return cls([(int(s), torch.from_numpy(np.flatnonzero(slots == s))) for s in present[present >= 0]])
-
-    def window(self, start: int, length: int) -> Rows:
-        """The same for a slice of the rows."""
-        cut = [(slot, rows[(rows >= start) & (rows < start + length)] - start) for slot, rows in self.groups]
-        return Rows([(slot, rows) for slot, rows in cut if rows.numel()])
-
-
-@dataclass
 class Prepared:
-    """A site's delta, and its parts as the compiled kernels take them, where these can do all of them."""
+    """A site's delta, and what the compiled kernels take of it, where they can do all of it."""
 
     delta: SiteDelta
-    compiled: native.SiteFactors | None
+    compiled: native.SiteFactors | None = None
+    weight: torch.Tensor | None = None  # of a norm
+
+    @property
+    def address(self) -> int | None:
+        if self.weight is not None:
+            return self.weight.data_ptr()
+        return self.compiled.address if self.compiled is not None else None
 
     @classmethod
     def of(cls, site: Site, delta: SiteDelta) -> Prepared:
-        starts = itertools.accumulate(site.widths[:-1], initial=0)
-        parts = [(part, start) for part, start in zip(delta.parts, starts, strict=False) if part is not None]
-        packed = [(part, start) for part, start in parts if isinstance(part, PackedFactors)]
-        if packed and len(packed) == len(parts) and native.library() is not None:
-            return cls(delta, native.SiteFactors(packed, transposed=site.kind == "embedding"))
-        return cls(delta, None)
+        if native.library() is None:
+            return cls(delta)
+        if delta.weight is not None:
+            return cls(delta, weight=delta.weight.float().contiguous())
+        starts = itertools.accumulate(site.widths, initial=0)
+        parts: list[tuple[PackedFactors | int, int]] = []
+        for part, width, start in zip(delta.parts, site.widths, starts, strict=False):
+            if not (part is None or isinstance(part, PackedFactors)):
+                return cls(delta)
+            parts.append((width if part is None else part, start))
+        if all(isinstance(part, int) for part, _ in parts):
+            return cls(delta)
+        return cls(delta, native.SiteFactors(parts, delta.bias, transposed=site.kind == "embedding"))
 
 
 class CpuBackend(Backend):
@@ -55,7 +52,15 @@ class CpuBackend(Backend):
         super().__init__(slots)
         native.library()  # compiled at most once per machine, and then not while a request waits
         self._slots: list[dict[int, Prepared]] = [{} for _ in range(slots)]
-        self._tokens, self._samples = Rows(), Rows()
+        # For each site, what the kernels take, and the slots whose deltas torch's operators have to add.
+        self._tables: list[native.Table] = []
+        self._others: list[set[int]] = []
+        self._tokens, self._samples = native.Rows(), native.Rows()
+
+    def add_site(self, site: Site) -> int:
+        self._tables.append(native.Table(self.slots))
+        self._others.append(set())
+        return super().add_site(site)
 
     def reserve(self, tenants: Iterable[TenantDelta]) -> None:
         """Slots need nothing."""
@@ -64,13 +69,21 @@ class CpuBackend(Backend):
         return {number: Prepared.of(self.sites[number], found) for number, found in delta.items()}
 
     def activate(self, slot: int, prepared: dict[int, Prepared]) -> None:
+        self.deactivate(slot)
         self._slots[slot] = prepared
+        for site, found in prepared.items():
+            self._tables[site][slot] = found.address
+            if found.address is None:
+                self._others[site].add(slot)
 
     def deactivate(self, slot: int) -> None:
+        for site in self._slots[slot]:
+            self._tables[site][slot] = None
+            self._others[site].discard(slot)
         self._slots[slot] = {}
 
     def _set_rows(self, tokens: np.ndarray, samples: np.ndarray) -> None:
-        self._tokens, self._samples = Rows.of(tokens), Rows.of(samples)
+        self._tokens, self._samples = native.Rows.of(tokens), native.Rows.of(samples)
 
     def linear_(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
         self._add_linear(y, x, site, self._tokens)
@@ -81,36 +94,31 @@ class CpuBackend(Backend):
         self._add_linear(y, x, site, rows)
 
     def embedding_(self, y: torch.Tensor, ids: torch.Tensor, site: int) -> None:
-        for slot, rows in self._tokens.groups:
+        for slot, numbers in self._tokens.groups:
             found = self._slots[slot].get(site)
             part = found.delta.parts[0] if found is not None else None
             if found is None or part is None:
                 continue
+            rows = torch.from_numpy(numbers)
             wanted = ids[rows]
-            known = (wanted >= 0) & (wanted < part.rows.length)
+            known = ((wanted >= 0) & (wanted < part.rows.length))[:, None]
             inside = wanted.clamp(0, part.rows.length - 1)
             if found.compiled is not None and isinstance(part, PackedFactors):
-                values = native.expand(cpu.gather(inside, part), found.compiled, part.cols.length)
+                native.expand_(y, cpu.gather(inside, part) * known, found.compiled, rows)
             else:
-                values = cpu.embedding(inside, part)
-            _add(y, rows, values * known[:, None])
+                _add(y, rows, cpu.embedding(inside, part) * known)
 
     def norm_(self, y: torch.Tensor, x: torch.Tensor, site: int, eps: float) -> None:
-        for slot, rows in self._tokens.groups:
-            found = self._slots[slot].get(site)
-            if found is not None and found.delta.weight is not None:
-                y[rows] = _finite(cpu.rms_norm(x[rows].float(), found.delta.weight, eps), y.dtype)
+        if native.library() is not None:
+            native.norm_(y, x, self._tables[site], self._tokens, eps)
+        for rows, delta in self._by_torch(site, self._tokens):
+            if delta.weight is not None:
+                y[rows] = _finite(cpu.rms_norm(x[rows].float(), delta.weight, eps), y.dtype)
 
-    def _add_linear(self, y: torch.Tensor, x: torch.Tensor, site: int, batch: Rows) -> None:
-        fast = []
-        for slot, rows in batch.groups:
-            found = self._slots[slot].get(site)
-            if found is None:
-                continue
-            delta = found.delta
-            if found.compiled is not None:
-                fast.append((rows, delta, found.compiled))
-                continue
+    def _add_linear(self, y: torch.Tensor, x: torch.Tensor, site: int, batch: native.Rows) -> None:
+        if native.library() is not None:
+            native.linear_(y, x, self._tables[site], batch)
+        for rows, delta in self._by_torch(site, batch):
             inputs, start = x[rows].float(), 0
             outputs = torch.zeros(rows.numel(), y.shape[1], dtype=torch.float32)
             for part, width in zip(delta.parts, self.sites[site].widths, strict=True):
@@ -120,14 +128,13 @@ class CpuBackend(Backend):
             if delta.bias is not None:
                 outputs += delta.bias
             _add(y, rows, outputs)
-        if fast:
-            together = torch.cat([rows for rows, _, _ in fast])
-            groups = [(factors, rows.numel()) for rows, _, factors in fast]
-            outputs = native.linear(x[together], groups, y.shape[1])
-            for part, (_, delta, _) in zip(outputs.split([n for _, n in groups]), fast, strict=True):
-                if delta.bias is not None:
-                    part += delta.bias
-            _add(y, together, outputs)
+
+    def _by_torch(self, site: int, batch: native.Rows) -> Iterator[tuple[torch.Tensor, SiteDelta]]:
+        """(rows, delta) of what the compiled kernels leave out at a site."""
+        others = self._others[site]
+        for slot, rows in batch.groups if others else ():
+            if slot in others:
+                yield torch.from_numpy(rows), self._slots[slot][site].delta
 
 
 def _add(y: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
