@@ -103,7 +103,9 @@ class TritonBackend(Backend):
                 expected="at most {}, {}, {}".format(*limits),
                 fix="restart the server",
             )
-        data = torch.empty(image.nbytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        # Pinned through this rank's GPU: a new thread's is the first, where it would take memory for nothing.
+        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+            data = torch.empty(image.nbytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         image.write(data)
         return Prepared(replace(image, tensors=[]), data)
 

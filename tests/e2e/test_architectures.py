@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,22 +18,22 @@ from benchmarks.greedy import compare, load_reference
 from tests.e2e.conftest import ROOT
 from tests.e2e.test_offline import SCRIPT
 from vllm_prinmix.compress.merge import merge
-from vllm_prinmix.compress.methods import Recipe, Solver
+from vllm_prinmix.compress.methods import Method, Recipe, Solver
 from vllm_prinmix.compress.prepare import Options
 from vllm_prinmix.compress.run import compress
 
 
 @pytest.mark.parametrize(
-    ("architecture", "tied"),
+    ("architecture", "tied", "method"),
     [
-        ("qwen3", True),
-        ("llama", False),
-        pytest.param("mistral", False, marks=pytest.mark.slow),
-        pytest.param("qwen2", True, marks=pytest.mark.slow),
+        ("qwen3", True, Method.PRINMIX),
+        ("llama", False, Method.PAPER),
+        pytest.param("mistral", False, Method.PRINMIX, marks=pytest.mark.slow),
+        pytest.param("qwen2", True, Method.PAPER, marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else ("tied" if value else "untied"),
 )
-def test_served_equals_merged(architecture: str, tied: bool, tmp_path: Path) -> None:
+def test_served_equals_merged(architecture: str, tied: bool, method: Method, tmp_path: Path) -> None:
     """A looser ratio than 1/16: so small a model's layers hardly hold a direction below it."""
     models = ROOT / "build" / "test-models" / f"{architecture}-{'tied' if tied else 'untied'}"
     console = Console(quiet=True)
@@ -43,7 +44,7 @@ def test_served_equals_merged(architecture: str, tied: bool, tmp_path: Path) -> 
         finetuned=str(models / "reverse"),
         out=delta,
         calibration=str(models / "calibration" / "reverse.txt"),
-        recipe=Recipe(solver=Solver.EXACT),
+        recipe=replace(Recipe.of(method), solver=Solver.EXACT),
         ratio=Fraction(1, 8),
     )
     compress(options, console)
