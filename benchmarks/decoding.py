@@ -119,6 +119,8 @@ def measure(server: VllmServer, prinmix: bool, tokens: int, repeats: int, bar: P
         resident.append(server.resident_bytes())
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     gaps = dict.fromkeys(cases, 0.0)
+    for models in cases.values():  # once to warm up: the first requests after a start are slower
+        decode(server.url, models, SKIPPED + 15)
     for _ in range(repeats):
         for name, models in cases.items():
             times = decode(server.url, models, tokens)
