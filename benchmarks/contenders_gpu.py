@@ -6,6 +6,7 @@ what it reads; `add(copy)` works on one of them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import numpy as np
@@ -56,20 +57,22 @@ class Batch:
         return rows.view(self.case.tenants, self.case.tokens, -1)
 
 
-class Contender:
-    """``nbytes``: what one copy takes on the device."""
+class Contender(ABC):
+    """One way to compute a batch's deltas."""
 
     name: ClassVar[str]
 
     @staticmethod
+    @abstractmethod
     def nbytes(batch: Batch) -> int:
-        raise NotImplementedError
+        """What one copy takes on the device."""
 
-    def __init__(self, batch: Batch, copies: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def __init__(self, batch: Batch, copies: int) -> None: ...
 
+    @abstractmethod
     def add(self, copy: int) -> None:
-        raise NotImplementedError
+        """Add the deltas, reading one of the copies."""
 
     def note(self) -> str | None:
         """What the result should say about it."""
