@@ -23,9 +23,9 @@ from transformers import AutoConfig
 
 from benchmarks.demo.tokenizer import build_tokenizer
 from vllm_prinmix import __version__
-from vllm_prinmix.compress.methods import budget
+from vllm_prinmix.compress.methods.paper import direction_bytes
 from vllm_prinmix.compress.model import Kind, build_model, expected_tensors
-from vllm_prinmix.compress.paper import direction_bytes
+from vllm_prinmix.compress.ratio import budget
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format.checkpoint import Checkpoint
 from vllm_prinmix.format.delta import write_delta
@@ -136,11 +136,9 @@ def generate(folder: Path, base: Checkpoint, ratio: Fraction, seed: int) -> Delt
         finetuned=f"random numbers, seed {seed}",
         settings=Settings(
             method="generated",
+            options={"bits": sorted(bits for bits, _ in BIT_MIX)},
             ratio=float(ratio),
             embedding_ratio=1.0,
-            bits=sorted(bits for bits, _ in BIT_MIX),
-            max_active_bits=len(BIT_MIX),
-            solver="none",
         ),
         calibration=None,
         modules=modules,

@@ -77,8 +77,8 @@ def show(description: dict[str, Any], console: Console) -> None:
     )
     console.print(
         f"made by {description['tool']}, format {description['format_version']}, "
-        f"method {settings['method']}, bits {','.join(map(str, settings['bits']))}, "
-        f"at most {settings['max_active_bits']} active",
+        f"method {settings['method']}"
+        + "".join(f", {name.replace('_', ' ')} {_value(v)}" for name, v in settings["options"].items()),
         markup=False,
     )
     if calibration:
@@ -106,6 +106,10 @@ def show(description: dict[str, Any], console: Console) -> None:
     console.print(
         f"stored exactly: {len(description['exact'])} tensors; unchanged: {len(description['unchanged'])}"
     )
+
+
+def _value(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _table(modules: list[dict[str, Any]]) -> Table:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from vllm_prinmix.compress.hessian import Hessian
+from vllm_prinmix.compress.quantization.hessian import Hessian
 
 ROWS = 8192  # at once, so that the error of an lm_head needs no further matrices of its size
 

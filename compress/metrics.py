@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from vllm_prinmix.compress import stream
-from vllm_prinmix.compress.hessian import DAMPING, Hessian
 from vllm_prinmix.compress.model import is_tied, layer_prefix
+from vllm_prinmix.compress.quantization.hessian import DAMPING, Hessian
 from vllm_prinmix.format.checkpoint import EMBEDDING, HEAD, Checkpoint
 
 

@@ -13,9 +13,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from vllm_prinmix import __version__
 from vllm_prinmix.compress import account, calibration
-from vllm_prinmix.compress.methods import Recipe, check_reachable
+from vllm_prinmix.compress.methods.base import Method, check_at_least_one
 from vllm_prinmix.compress.model import Kind, build_model, expected_tensors, read_architecture
 from vllm_prinmix.compress.partial import check_out
+from vllm_prinmix.compress.ratio import budget, check_reachable
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format.checkpoint import Checkpoint
 from vllm_prinmix.format.digest import combine, tensor_digests
@@ -30,8 +31,8 @@ class Options:
     finetuned: str
     out: Path
     calibration: str | None
-    recipe: Recipe
-    ratio: Fraction = Fraction(1, 16)
+    method: Method
+    ratio: Fraction | None = Fraction(1, 16)  # None only where the method has its own size
     embedding_ratio: Fraction = Fraction(1, 4)
     samples: int = 128
     sequence_length: int = 2048
@@ -56,22 +57,27 @@ class Job:
     base_digest: str
     finetuned_digest: str
 
-    def ratio(self, name: str) -> Fraction:
-        """The limit for one module."""
-        return self.options.ratio if self.kinds[name] is Kind.LINEAR else self.options.embedding_ratio
+    def method(self, name: str) -> Method:
+        """What one matrix is compressed with."""
+        method = self.options.method
+        return method if self.kinds[name] is Kind.LINEAR else method.for_embedding()
+
+    def limit(self, name: str) -> int | None:
+        """The most bytes of one matrix; None: what the method takes."""
+        options = self.options
+        ratio = options.ratio if self.kinds[name] is Kind.LINEAR else options.embedding_ratio
+        rows, cols = self.shapes[name]
+        return None if ratio is None else budget(ratio, rows, cols)
 
     def key(self) -> dict[str, Any]:
         """All that decides the delta's bytes (on one machine): what a resumed run must have in common."""
-        recipe = self.options.recipe
         return {
             "tool": __version__,
             "base": self.base_digest,
             "finetuned": self.finetuned_digest,
             "calibration": self.samples.sha256,
-            "method": recipe.method.value,
-            "solver": recipe.solver.value,
-            "bits": list(recipe.bits),
-            "max-active-bits": recipe.max_active_bits,
+            "method": self.options.method.name,
+            **{name.replace("_", "-"): value for name, value in self.options.method.options().items()},
             "ratio": str(self.options.ratio),
             "embedding-ratio": str(self.options.embedding_ratio),
             "device": self.device.type,
@@ -131,29 +137,16 @@ def _check_options(options: Options) -> None:
     inputs = {"--base": options.base, "--finetuned": options.finetuned, "--calibration": options.calibration}
     check_out(options.out, options.overwrite, CONFIG_FILE, inputs)
     for name, ratio in (("--ratio", options.ratio), ("--embedding-ratio", options.embedding_ratio)):
-        if not 0 < ratio <= 1:
+        if ratio is not None and not 0 < ratio <= 1:
             raise PrinMixError(
                 "a ratio is a fraction of the dense size",
                 where=name,
                 found=ratio,
                 expected="more than 0 and at most 1, such as 1/16 or 0.0625",
             )
-    options.recipe.check()
-    bits = options.recipe.bits
-    if not any(bits) or len(set(bits)) != len(bits) or not all(0 <= b <= 8 for b in bits):
-        raise PrinMixError(
-            "the bit-widths cannot be used",
-            where="--bits",
-            found=",".join(map(str, bits)),
-            expected="different widths from 0 to 8, one of them above 0, such as 0,2,3,4",
-        )
-    for name, value in (
-        ("--max-active-bits", options.recipe.max_active_bits),
-        ("--samples", options.samples),
-        ("--sequence-length", options.sequence_length),
-    ):
-        if value < 1:
-            raise PrinMixError("the number is too small", where=name, found=value, expected="at least 1")
+    options.method.check()
+    check_at_least_one("--samples", options.samples)
+    check_at_least_one("--sequence-length", options.sequence_length)
 
 
 def pick_device(name: str) -> torch.device:
@@ -209,10 +202,15 @@ def _check_ratios(job: Job) -> None:
     changed = [
         name for name, kind in job.kinds.items() if kind is not Kind.EXACT and name not in job.same_bytes
     ]
-    for option, linear in (("--ratio", True), ("--embedding-ratio", False)):
+    options = job.options
+    for option, ratio, linear in (
+        ("--ratio", options.ratio, True),
+        ("--embedding-ratio", options.embedding_ratio, False),
+    ):
         shapes = {name: job.shapes[name] for name in changed if (job.kinds[name] is Kind.LINEAR) == linear}
-        ratio = job.options.ratio if linear else job.options.embedding_ratio
-        check_reachable(option, {n: (s[0], s[1]) for n, s in shapes.items()}, ratio, job.options.recipe.bits)
+        method = options.method if linear else options.method.for_embedding()
+        if ratio is not None:
+            check_reachable(option, {n: (s[0], s[1]) for n, s in shapes.items()}, ratio, method)
 
 
 def progress_bar(console: Console) -> Progress:

@@ -12,21 +12,27 @@ import torch
 from rich.console import Console
 
 from vllm_prinmix import __version__
-from vllm_prinmix.compress.hessian import Hessian
 from vllm_prinmix.compress.measure import weight_error
 from vllm_prinmix.compress.memory import trim
-from vllm_prinmix.compress.methods import budget
 from vllm_prinmix.compress.metrics import hessians
 from vllm_prinmix.compress.model import Kind, is_tied
-from vllm_prinmix.compress.paper import transpose
 from vllm_prinmix.compress.partial import Partial, disk_errors
 from vllm_prinmix.compress.prepare import Job, Options, prepare, progress_bar
+from vllm_prinmix.compress.quantization.hessian import Hessian
 from vllm_prinmix.compress.sidefiles import copy, own
 from vllm_prinmix.format.checkpoint import EMBEDDING, FLOATS
 from vllm_prinmix.format.delta import write_delta
 from vllm_prinmix.format.digest import sample_digest
-from vllm_prinmix.format.payload import decode, encode_factors
-from vllm_prinmix.format.schema import Base, Calibration, DeltaConfig, Exact, Settings, Weights
+from vllm_prinmix.format.payload import decode, encode
+from vllm_prinmix.format.schema import (
+    Base,
+    Calibration,
+    DeltaConfig,
+    Exact,
+    Settings,
+    Weights,
+)
+from vllm_prinmix.kernels.quantized import QuantizedFactors
 
 
 def compress(options: Options, console: Console) -> DeltaConfig:
@@ -95,14 +101,15 @@ class _Run:
         dw = job.finetuned.load(name, torch.float32).to(job.device)
         dw.sub_(job.base.load(name).to(job.device))
         if dw.any():
-            limit = budget(job.ratio(name), *job.shapes[name])
+            limit, method = job.limit(name), job.method(name)
             transposed = name == EMBEDDING and not is_tied(job.model)
             with _reported(lambda text: self.console.print(f"{name}: {text}", markup=False)):
-                factors, report = job.options.recipe.compress(
-                    dw.T.contiguous() if transposed else dw, hessian, limit
-                )
-            spec, payload = encode_factors(transpose(factors) if transposed else factors, report)
-            if payload.numel() > limit:
+                change, report = method.compress(dw.T.contiguous() if transposed else dw, hessian, limit)
+            if transposed:
+                assert isinstance(change, QuantizedFactors), "see Method.for_embedding"
+                change = change.transpose()
+            spec, payload = encode(change, report)
+            if limit is not None and payload.numel() > limit:
                 raise RuntimeError(f"{name}: {payload.numel()} bytes where {limit} were allowed")
             report = report | {"weight_error": weight_error(dw.cpu(), decode(spec, payload).dense())}
             spec = spec.model_copy(update={"report": report})
@@ -126,7 +133,7 @@ def _assemble(job: Job, partial: Partial) -> DeltaConfig:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     finished = {name: partial.load(name) for name in job.kinds if name in partial}
-    options, recipe = job.options, job.options.recipe
+    options = job.options
     config = DeltaConfig(
         tool=f"vllm-prinmix {__version__}",
         base=Base(
@@ -137,12 +144,10 @@ def _assemble(job: Job, partial: Partial) -> DeltaConfig:
         ),
         finetuned=_model_name(options.finetuned),
         settings=Settings(
-            method=recipe.method.value,
-            ratio=float(options.ratio),
+            method=options.method.name,
+            options=options.method.options(),
+            ratio=None if options.ratio is None else float(options.ratio),
             embedding_ratio=float(options.embedding_ratio),
-            bits=list(recipe.bits),
-            max_active_bits=recipe.max_active_bits,
-            solver=recipe.solver.value,
         ),
         calibration=Calibration(
             source=job.samples.source,

@@ -28,6 +28,21 @@ class QuantizedFactors:
     u_zero: torch.Tensor  # float16 [directions]
     row_scale: torch.Tensor | None = field(default=None)  # float16 [rows]
 
+    @classmethod
+    def empty(cls, rows: int, cols: int, device: torch.device | str = "cpu") -> QuantizedFactors:
+        """The factors of a zero matrix [rows, cols]: no directions."""
+        byte = torch.empty(0, dtype=torch.uint8, device=device)
+        half = torch.empty(0, dtype=torch.float16, device=device)
+        return cls(
+            byte.new_empty(0, cols),
+            byte.new_empty(0, rows),
+            byte,
+            byte.clone(),
+            half.float(),
+            half,
+            half.clone(),
+        )
+
     @property
     def directions(self) -> int:
         return self.scale.numel()
@@ -44,6 +59,23 @@ class QuantizedFactors:
     def u(self) -> torch.Tensor:
         """float32 [directions, rows]: codes less zero points; the scale is not applied."""
         return self.u_codes.float() - self.u_zero.float()[:, None]
+
+    def transpose(self) -> QuantizedFactors:
+        """The factors of dW^T: U and V swapped.
+
+        Raises ValueError for factors with a row scale, which has no counterpart for columns.
+        """
+        if self.row_scale is not None:
+            raise ValueError("factors with a row scale cannot be transposed")
+        return QuantizedFactors(
+            v_codes=self.u_codes,
+            u_codes=self.v_codes,
+            v_bits=self.u_bits,
+            u_bits=self.v_bits,
+            scale=self.scale,
+            v_zero=self.u_zero,
+            u_zero=self.v_zero,
+        )
 
     def dense(self) -> torch.Tensor:
         """float32 [rows, cols]: the dequantized dW."""

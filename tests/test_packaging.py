@@ -36,7 +36,7 @@ def sources() -> set[str]:
     found = {f"vllm_prinmix/{p.name}" for p in (ROOT / "vllm_prinmix").glob("*.py")}
     found |= {f"vllm_prinmix/format/{p.name}" for p in (ROOT / "vllm_prinmix" / "format").glob("*.py")}
     for folder in ("compress", "kernels"):
-        found |= {f"vllm_prinmix/{folder}/{p.name}" for p in (ROOT / folder).glob("*.py")}
+        found |= {f"vllm_prinmix/{p.relative_to(ROOT)}" for p in (ROOT / folder).rglob("*.py")}
     return found
 
 

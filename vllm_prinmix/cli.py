@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
@@ -82,16 +81,22 @@ def compress(
         ),
     ] = None,
     ratio: Annotated[
-        str, typer.Option(help="Upper limit: bytes of the linear layers / 2 bytes per weight.")
-    ] = "1/16",
+        str | None,
+        typer.Option(
+            help="Upper limit: bytes of the linear layers / 2 bytes per weight. Default: 1/16, or what the "
+            "method takes where its size is fixed."
+        ),
+    ] = None,
     embedding_ratio: Annotated[str, typer.Option(help="The same for embedding and lm_head.")] = "1/4",
     method: Annotated[
         str,
-        typer.Option(help="prinmix-paper (Algorithm 1 of the paper), or prinmix (less error)."),
-    ] = "prinmix-paper",
+        typer.Option(
+            help="prinmix, prinmix-paper (Algorithm 1 of the paper), or a baseline: see the README."
+        ),
+    ] = "prinmix",
     bits: Annotated[
         str | None,
-        typer.Option(help="Candidate bit-widths of a direction; default: the method's."),
+        typer.Option(help="Candidate bit-widths; default: the method's."),
     ] = None,
     max_active_bits: Annotated[
         int | None,
@@ -102,7 +107,10 @@ def compress(
         int, typer.Option(help="Longer samples give a random window of this length.")
     ] = 2048,
     solver: Annotated[
-        str | None, typer.Option(help="Of the bit allocation (Eq. 8): scip or exact; default: the method's.")
+        str | None, typer.Option(help="prinmix-paper: of the bit allocation (Eq. 8), scip or exact.")
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(help="A step of the method that is left out; may be repeated.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of samples and windows.")] = 0,
     device: Annotated[str, typer.Option(help="auto: cuda where there is one, else cpu.")] = "auto",
@@ -112,24 +120,26 @@ def compress(
 ) -> None:
     """Compress a fine-tune into a delta. Interrupted, the same command goes on where it stopped."""
     from vllm_prinmix.compress import inspection
-    from vllm_prinmix.compress.methods import Method, Recipe, Solver
+    from vllm_prinmix.compress.methods import registry
     from vllm_prinmix.compress.prepare import Options
     from vllm_prinmix.compress.run import compress as run
 
-    recipe = Recipe.of(_choice("--method", method, Method))
-    if bits is not None:
-        recipe = replace(recipe, bits=_bits(bits))
-    if max_active_bits is not None:
-        recipe = replace(recipe, max_active_bits=max_active_bits)
-    if solver is not None:
-        recipe = replace(recipe, solver=_choice("--solver", solver, Solver))
+    chosen = registry.make(
+        method,
+        bits=None if bits is None else _bits(bits),
+        max_active_bits=max_active_bits,
+        solver=solver,
+        **registry.without(method, without or []),
+    )
+    if ratio is None and not chosen.has_own_size:
+        ratio = "1/16"
     options = Options(
         base=base,
         finetuned=finetuned,
         out=out,
         calibration=calibration,
-        recipe=recipe,
-        ratio=_fraction("--ratio", ratio),
+        method=chosen,
+        ratio=None if ratio is None else _fraction("--ratio", ratio),
         embedding_ratio=_fraction("--embedding-ratio", embedding_ratio),
         samples=samples,
         sequence_length=sequence_length,
@@ -223,11 +233,3 @@ def _bits(text: str) -> tuple[int, ...]:
         raise PrinMixError(
             "the bit-widths cannot be read", where="--bits", found=text, expected="numbers such as 0,2,3,4"
         ) from None
-
-
-def _choice(option: str, text: str, choices):
-    try:
-        return choices(text)
-    except ValueError:
-        expected = ", ".join(choice.value for choice in choices)
-        raise PrinMixError("unknown choice", where=option, found=text, expected=expected) from None

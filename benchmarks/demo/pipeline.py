@@ -12,7 +12,7 @@ from rich.console import Console
 from benchmarks.demo.tasks import Question, read_questions
 from benchmarks.demo.train import DEMO_FINETUNES, train_pair_family
 from vllm_prinmix.compress.merge import merge
-from vllm_prinmix.compress.methods import Recipe
+from vllm_prinmix.compress.methods.prinmix import PrinMix
 from vllm_prinmix.compress.prepare import Options
 from vllm_prinmix.compress.run import compress
 
@@ -54,7 +54,7 @@ def make(out: Path, seed: int, console: Console) -> Family:
             finetuned=str(tenant.finetuned),
             out=tenant.delta,
             calibration=str(tenant.calibration),
-            recipe=Recipe(),
+            method=PrinMix(),
             ratio=RATIO,
             samples=SAMPLES,
             seed=seed,

@@ -93,15 +93,14 @@ def write_calibration(path: Path, lines: int = 8) -> Path:
 
 def options(pair: Pair, out: Path, **changes: Any) -> Any:
     """Options of `prinmix compress` with the fast solver, so that a tiny pair takes a second or two."""
-    from vllm_prinmix.compress.methods import Method, Recipe, Solver
+    from vllm_prinmix.compress.methods.paper import Paper
     from vllm_prinmix.compress.prepare import Options
 
-    recipe = {"method": Method.PAPER, "bits": (0, 2, 3, 4, 8), "max_active_bits": 4, "solver": Solver.EXACT}
-    recipe |= {name: changes.pop(name) for name in list(changes) if name in recipe}
+    paper = {"bits": (0, 2, 3, 4, 8), "max_active_bits": 4, "solver": "exact"}
+    paper |= {name: changes.pop(name) for name in list(changes) if name in paper}
     return Options(
         base=str(pair.base),
         finetuned=str(pair.finetuned),
         out=out,
-        recipe=Recipe(**recipe),
-        **{"calibration": str(pair.calibration), "device": "cpu"} | changes,
+        **{"calibration": str(pair.calibration), "device": "cpu", "method": Paper(**paper)} | changes,
     )

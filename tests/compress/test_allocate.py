@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_prinmix.compress import knapsack
-from vllm_prinmix.compress.allocate import SOLVERS, allocate
+from vllm_prinmix.compress.allocation import knapsack
+from vllm_prinmix.compress.allocation.allocate import SOLVERS, allocate
 from vllm_prinmix.errors import PrinMixError
 
 BITS = (0, 2, 3, 4, 5, 6, 7, 8)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.compress.layers import make_layer
-from vllm_prinmix.compress.gptq import gptq
-from vllm_prinmix.compress.grid import Grid, dequantize, minmax_grid, quantize
-from vllm_prinmix.compress.hessian import DAMPING, Hessian
+from vllm_prinmix.compress.quantization.gptq import gptq
+from vllm_prinmix.compress.quantization.grid import Grid, dequantize, minmax_grid, quantize
+from vllm_prinmix.compress.quantization.hessian import DAMPING, Hessian
 from vllm_prinmix.errors import PrinMixError
 
 

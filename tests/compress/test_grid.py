@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_prinmix.compress.grid import dequantize, minmax_grid, quantize
+from vllm_prinmix.compress.quantization.grid import dequantize, minmax_grid, quantize
 
 
 def bits_of(*bits: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.compress.layers import make_layer
-from vllm_prinmix.compress.hessian import DAMPING, Hessian, damped_cholesky
+from vllm_prinmix.compress.quantization.hessian import DAMPING, Hessian, damped_cholesky
 from vllm_prinmix.errors import PrinMixError
 
 

@@ -24,7 +24,7 @@ import sys, torch
 from pathlib import Path
 from rich.console import Console
 from tests.compress.pairs import Pair, options
-from vllm_prinmix.compress.methods import Recipe
+from vllm_prinmix.compress.methods.paper import Paper
 from vllm_prinmix.compress.run import compress
 from vllm_prinmix.kernels.quantized import QuantizedFactors
 torch.set_num_threads(1)
@@ -34,7 +34,7 @@ def one_direction(self, dw, hessian, budget_bytes):
     codes = lambda n: torch.full((1, n), 3, dtype=torch.uint8)
     bits, zero = torch.tensor([2], dtype=torch.uint8), torch.zeros(1, dtype=torch.float16)
     return QuantizedFactors(codes(cols), codes(rows), bits, bits, torch.full((1,), 1e-3), zero, zero), {}
-Recipe.compress = one_direction
+Paper.compress = one_direction
 root = Path(sys.argv[1])
 compress(options(Pair(root / "base", root / "tuned", root / "calibration.txt"), root / "delta"), Console())
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
@@ -101,7 +101,7 @@ def test_twelve_layers_take_hardly_more_memory_than_four(peak_kib) -> None:
 
 TALL = """
 import torch
-from vllm_prinmix.compress.paper import compress_factors
+from vllm_prinmix.compress.methods.paper import compress_factors
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 rows, cols = 120_000, 192

@@ -9,17 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.compress.layers import make_layer, relative_error
-from vllm_prinmix.compress.gptq import gptq
-from vllm_prinmix.compress.grid import dequantize, minmax_grid
-from vllm_prinmix.compress.hessian import Hessian
-from vllm_prinmix.compress.paper import (
+from vllm_prinmix.compress.methods.paper import (
     CANDIDATE_BITS,
     compress_factors,
     direction_bytes,
     simulate,
-    transpose,
 )
-from vllm_prinmix.compress.svd import thin_svd
+from vllm_prinmix.compress.quantization.gptq import gptq
+from vllm_prinmix.compress.quantization.grid import dequantize, minmax_grid
+from vllm_prinmix.compress.quantization.hessian import Hessian
+from vllm_prinmix.compress.quantization.svd import thin_svd
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.kernels.packing import factors_bytes
 from vllm_prinmix.kernels.quantized import QuantizedFactors
@@ -61,7 +60,7 @@ def test_the_simulated_errors_do_not_depend_on_the_stacking(monkeypatch: pytest.
     _, sigma, v = thin_svd(layer.dw)
     hessian = Hessian(layer.calibration)
     whole = simulate(v, sigma, hessian, CANDIDATE_BITS)
-    monkeypatch.setattr("vllm_prinmix.compress.paper.SIMULATED_ENTRIES", 8 * 7 * 70)
+    monkeypatch.setattr("vllm_prinmix.compress.methods.paper.SIMULATED_ENTRIES", 8 * 7 * 70)
     assert torch.allclose(simulate(v, sigma, hessian, CANDIDATE_BITS), whole, rtol=1e-5)
     assert (whole.diff(dim=1) < 0).double().mean() > 0.95  # more bits, less error
 
@@ -228,18 +227,18 @@ def test_a_vocabulary_never_becomes_a_square_matrix() -> None:
     factors, report = compress_factors(dw, counts, budget_bytes=4 * 100_000, solver="exact")
     assert report.payload_bytes <= 4 * 100_000
     assert report.error < 0.01
-    assert transpose(factors).shape == (100_000, 4)
+    assert factors.transpose().shape == (100_000, 4)
 
 
 def test_transpose_swaps_the_factors() -> None:
     layer = make_layer(30, 50)
     factors, _ = compress_factors(layer.dw, layer.calibration, budget_bytes=900, solver="exact")
-    swapped = transpose(factors)
+    swapped = factors.transpose()
     assert torch.allclose(swapped.dense(), factors.dense().T, atol=1e-6)
     assert swapped.shape == (50, 30)
     factors.row_scale = torch.ones(30, dtype=torch.float16)
     with pytest.raises(ValueError, match="row scale"):
-        transpose(factors)
+        factors.transpose()
 
 
 def test_the_same_inputs_give_the_same_bytes() -> None:

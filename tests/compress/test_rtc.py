@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from tests.compress.layers import Layer, make_layer, relative_error
-from vllm_prinmix.compress.gptq import gptq
-from vllm_prinmix.compress.grid import dequantize, minmax_grid
-from vllm_prinmix.compress.hessian import Hessian
-from vllm_prinmix.compress.rtc import correct_target
-from vllm_prinmix.compress.svd import thin_svd
+from vllm_prinmix.compress.quantization.gptq import gptq
+from vllm_prinmix.compress.quantization.grid import dequantize, minmax_grid
+from vllm_prinmix.compress.quantization.hessian import Hessian
+from vllm_prinmix.compress.quantization.rtc import correct_target
+from vllm_prinmix.compress.quantization.svd import thin_svd
 
 
 def quantized_v(layer: Layer, directions: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, Hessian]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_prinmix.compress.svd import thin_svd
+from vllm_prinmix.compress.quantization.svd import thin_svd
 
 
 @pytest.mark.parametrize(

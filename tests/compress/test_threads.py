@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vllm_prinmix.compress.threads import SERIAL, one_thread_if_small
+from vllm_prinmix.compress.quantization.threads import SERIAL, one_thread_if_small
 
 
 @pytest.fixture(autouse=True)

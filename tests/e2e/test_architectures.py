@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,7 +17,9 @@ from benchmarks.greedy import compare, load_reference
 from tests.e2e.conftest import ROOT
 from tests.e2e.test_offline import SCRIPT
 from vllm_prinmix.compress.merge import merge
-from vllm_prinmix.compress.methods import Method, Recipe, Solver
+from vllm_prinmix.compress.methods.base import Method
+from vllm_prinmix.compress.methods.paper import Paper
+from vllm_prinmix.compress.methods.prinmix import PrinMix
 from vllm_prinmix.compress.prepare import Options
 from vllm_prinmix.compress.run import compress
 
@@ -26,12 +27,12 @@ from vllm_prinmix.compress.run import compress
 @pytest.mark.parametrize(
     ("architecture", "tied", "method"),
     [
-        ("qwen3", True, Method.PRINMIX),
-        ("llama", False, Method.PAPER),
-        pytest.param("mistral", False, Method.PRINMIX, marks=pytest.mark.slow),
-        pytest.param("qwen2", True, Method.PAPER, marks=pytest.mark.slow),
+        ("qwen3", True, PrinMix()),
+        ("llama", False, Paper(solver="exact")),
+        pytest.param("mistral", False, PrinMix(), marks=pytest.mark.slow),
+        pytest.param("qwen2", True, Paper(solver="exact"), marks=pytest.mark.slow),
     ],
-    ids=lambda value: value if isinstance(value, str) else ("tied" if value else "untied"),
+    ids=lambda value: ("tied" if value else "untied") if isinstance(value, bool) else str(value),
 )
 def test_served_equals_merged(architecture: str, tied: bool, method: Method, tmp_path: Path) -> None:
     """A looser ratio than 1/16: so small a model's layers hardly hold a direction below it."""
@@ -44,7 +45,7 @@ def test_served_equals_merged(architecture: str, tied: bool, method: Method, tmp
         finetuned=str(models / "reverse"),
         out=delta,
         calibration=str(models / "calibration" / "reverse.txt"),
-        recipe=replace(Recipe.of(method), solver=Solver.EXACT),
+        method=method,
         ratio=Fraction(1, 8),
     )
     compress(options, console)

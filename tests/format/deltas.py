@@ -25,11 +25,9 @@ def write_small_delta(folder: Path, sample_digest: str = "sha256:none", seed: in
         finetuned="finetuned",
         settings=Settings(
             method="prinmix-paper",
+            options={"bits": [0, 2, 3], "max_active_bits": 4, "solver": "scip"},
             ratio=0.0625,
             embedding_ratio=0.25,
-            bits=[0, 2, 3],
-            max_active_bits=4,
-            solver="scip",
         ),
         calibration=None,
         modules=modules,

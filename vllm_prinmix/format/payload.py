@@ -78,6 +78,15 @@ def encode_matrix(delta: QuantizedMatrix, report: dict | None = None) -> tuple[M
     return Matrix(shape=delta.shape, bits=delta.bits, report=report or {}), payload
 
 
+def encode(
+    delta: QuantizedFactors | QuantizedMatrix, report: dict | None = None
+) -> tuple[Factors | Matrix, torch.Tensor]:
+    """Pack a module of either kind."""
+    if isinstance(delta, QuantizedMatrix):
+        return encode_matrix(delta, report)
+    return encode_factors(delta, report)
+
+
 def decode(spec: Factors | Matrix, payload: torch.Tensor) -> QuantizedFactors | QuantizedMatrix:
     """The inverse of encode_*. Raises PrinMixError where the size does not fit the description."""
     expected = payload_bytes(spec)

@@ -79,11 +79,9 @@ class Settings(Strict):
     """What the delta was made with."""
 
     method: str
-    ratio: float
+    options: dict[str, bool | int | float | str | list[int] | None]  # the method's own
+    ratio: float | None  # None: the size follows from the options
     embedding_ratio: float
-    bits: list[int]
-    max_active_bits: int
-    solver: str
 
 
 class Weights(Strict):

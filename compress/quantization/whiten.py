@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from vllm_prinmix.compress.hessian import Hessian, damped_cholesky
-from vllm_prinmix.compress.svd import thin_svd
+from vllm_prinmix.compress.quantization.hessian import Hessian, damped_cholesky
+from vllm_prinmix.compress.quantization.svd import thin_svd
 
 # Of the metric that directions are found in, as a fraction of H's mean diagonal: less fits calibration
 # better, more carries over to other data.

@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
-from vllm_prinmix.compress.allocate import allocate
-from vllm_prinmix.compress.gptq import gptq
-from vllm_prinmix.compress.grid import dequantize, minmax_grid
-from vllm_prinmix.compress.hessian import Hessian, require_finite
+from vllm_prinmix.compress.allocation.allocate import SOLVERS, allocate
 from vllm_prinmix.compress.measure import ROWS, activation_error, factors_error
-from vllm_prinmix.compress.rtc import correct_target
-from vllm_prinmix.compress.svd import thin_svd
-from vllm_prinmix.compress.threads import one_thread_if_small
+from vllm_prinmix.compress.methods.base import Method, check_at_least_one, check_bits, require_directions
+from vllm_prinmix.compress.quantization.gptq import gptq
+from vllm_prinmix.compress.quantization.grid import dequantize, minmax_grid
+from vllm_prinmix.compress.quantization.hessian import Hessian, require_finite
+from vllm_prinmix.compress.quantization.rtc import correct_target
+from vllm_prinmix.compress.quantization.svd import thin_svd
+from vllm_prinmix.compress.quantization.threads import one_thread_if_small
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.kernels.packing import ALIGNMENT, DIRECTION_BYTES, factors_bytes, row_bytes
 from vllm_prinmix.kernels.quantized import MAX_BITS, QuantizedFactors
@@ -26,7 +28,52 @@ SIMULATED_ENTRIES = 1 << 26  # weights quantized in one stacked call; bounds the
 
 
 @dataclass(frozen=True)
-class Report:
+class Paper(Method):
+    """`compress_factors` as a method; ``max_active_bits`` is f_max, ``rtc`` the correction of U (Eq. 7)."""
+
+    name: ClassVar[str] = "prinmix-paper"
+    summary: ClassVar[str] = "Algorithm 1 of the paper"
+    steps: ClassVar[tuple[str, ...]] = ("rtc",)
+
+    bits: tuple[int, ...] = CANDIDATE_BITS
+    max_active_bits: int = MAX_ACTIVE_BITS
+    solver: str = "scip"
+    rtc: bool = True
+
+    def check(self) -> None:
+        check_bits("--bits", self.bits)
+        check_at_least_one("--max-active-bits", self.max_active_bits)
+        if self.solver not in SOLVERS:
+            raise PrinMixError(
+                "unknown solver", where="--solver", found=self.solver, expected=" or ".join(SOLVERS)
+            )
+
+    def least_bytes(self, rows: int, cols: int) -> int:
+        narrowest = min(b for b in self.bits if b)
+        return factors_bytes([narrowest], [narrowest], rows, cols)
+
+    def compress(
+        self, dw: torch.Tensor, hessian: Hessian, budget_bytes: int | None
+    ) -> tuple[QuantizedFactors, dict[str, Any]]:
+        assert budget_bytes is not None
+        factors, report = compress_factors(
+            dw,
+            hessian,
+            budget_bytes=budget_bytes,
+            candidate_bits=self.bits,
+            max_active_bits=self.max_active_bits,
+            solver=self.solver,
+            rtc=self.rtc,
+        )
+        require_directions(
+            factors, dw, f"--max-active-bits {self.max_active_bits}, --bits {','.join(map(str, self.bits))}"
+        )
+        names = ("error", "error_v", "error_v_predicted", "error_rtc", "solver_gap")
+        return factors, {name: getattr(report, name) for name in names}
+
+
+@dataclass(frozen=True)
+class FactorsReport:
     """What compressing one module gave; errors are ||dW X - dW^ X||^2 / ||dW X||^2 on calibration data."""
 
     error: float  # of the result
@@ -48,12 +95,14 @@ def compress_factors(
     candidate_bits: Sequence[int] = CANDIDATE_BITS,
     max_active_bits: int = MAX_ACTIVE_BITS,
     solver: str = "scip",
-) -> tuple[QuantizedFactors, Report]:
+    rtc: bool = True,
+) -> tuple[QuantizedFactors, FactorsReport]:
     """Algorithm 1 on one module: dW ~= U^ diag(S) V^ in at most ``budget_bytes`` payload bytes.
 
     ``dw`` float32 [rows, cols]; ``hessian`` H = X X^T of the module's inputs, float32 [cols, cols] or its
     diagonal [cols] (a `Hessian` is factorised once for all modules that share it). ``solver``: see
-    `allocate`. Works on the device of ``dw``; the same inputs and thread count give the same result.
+    `allocate`. Without ``rtc`` U is quantized as it is (the paper's Table 5). Works on the device of ``dw``;
+    the same inputs and thread count give the same result.
 
     Directions come sorted by width, widest first, then by singular value. There are none where dW is zero
     or the budget does not reach for one: whether that is an error is the caller's to decide. Inputs that
@@ -83,7 +132,7 @@ def compress_factors(
             "weights and calibration inputs differ in width", found=f"{cols} columns", expected=hessian.size
         )
     with one_thread_if_small(max(rows, cols)):
-        return _algorithm_1(dw, hessian, budget_bytes, candidate_bits, max_active_bits, solver)
+        return _algorithm_1(dw, hessian, budget_bytes, candidate_bits, max_active_bits, solver, rtc)
 
 
 def _algorithm_1(
@@ -93,7 +142,8 @@ def _algorithm_1(
     candidate_bits: Sequence[int],
     max_active_bits: int,
     solver: str,
-) -> tuple[QuantizedFactors, Report]:
+    rtc: bool,
+) -> tuple[QuantizedFactors, FactorsReport]:
     """`compress_factors` on checked arguments."""
     rows, cols = dw.shape
     watch = _Stopwatch()
@@ -119,7 +169,9 @@ def _algorithm_1(
         watch.lap("quantize V")
         error_v = factors_error(dw, u, sv, hessian)
         watch.lap("report")
-        u, metric = correct_target(dw, u, sv, hessian)
+        corrected, metric = correct_target(dw, u, sv, hessian)
+        if rtc:
+            u = corrected
         watch.lap("correct U")
         error_rtc = factors_error(dw, u, sv, hessian)
         watch.lap("report")
@@ -137,10 +189,10 @@ def _algorithm_1(
         )
         error = activation_error(dw, factors.dense(), hessian)
     else:
-        factors = no_directions(rows, cols, dw.device)
+        factors = QuantizedFactors.empty(rows, cols, dw.device)
         error = error_v = error_rtc = 1.0 if total else 0.0
     watch.lap("report")
-    report = Report(
+    report = FactorsReport(
         error=error,
         error_v=error_v,
         error_v_predicted=allocation.error / total if total else 0.0,
@@ -182,40 +234,6 @@ def simulate(
 def direction_bytes(bits: int, rows: int, cols: int) -> int:
     """B of Eq. 8: bytes of one direction, V and U at the same width, scale and zero points included."""
     return row_bytes(bits, cols) + row_bytes(bits, rows) + DIRECTION_BYTES if bits else 0
-
-
-def no_directions(rows: int, cols: int, device: torch.device | str = "cpu") -> QuantizedFactors:
-    """Factors of a zero matrix [rows, cols]."""
-    byte = torch.empty(0, dtype=torch.uint8, device=device)
-    half = torch.empty(0, dtype=torch.float16, device=device)
-    return QuantizedFactors(
-        v_codes=byte.new_empty(0, cols),
-        u_codes=byte.new_empty(0, rows),
-        v_bits=byte,
-        u_bits=byte.clone(),
-        scale=half.float(),
-        v_zero=half,
-        u_zero=half.clone(),
-    )
-
-
-def transpose(factors: QuantizedFactors) -> QuantizedFactors:
-    """The factors of dW^T: U and V swapped.
-
-    Embeddings are compressed as their transpose [hidden, vocabulary], because their inputs are the tokens.
-    Raises ValueError for factors with a row scale, which has no counterpart for columns.
-    """
-    if factors.row_scale is not None:
-        raise ValueError("factors with a row scale cannot be transposed")
-    return QuantizedFactors(
-        v_codes=factors.u_codes,
-        u_codes=factors.v_codes,
-        v_bits=factors.u_bits,
-        u_bits=factors.v_bits,
-        scale=factors.scale,
-        v_zero=factors.u_zero,
-        u_zero=factors.v_zero,
-    )
 
 
 class _Stopwatch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_prinmix.compress.hessian import DAMPING, Hessian, damped_cholesky
+from vllm_prinmix.compress.quantization.hessian import DAMPING, Hessian, damped_cholesky
 
 ROWS = 8192  # corrected at once; rows are independent of each other
 

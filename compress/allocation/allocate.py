@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_prinmix.compress import knapsack
+from vllm_prinmix.compress.allocation import knapsack
 from vllm_prinmix.errors import PrinMixError
 
 SOLVERS = ("scip", "exact")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from vllm_prinmix.compress.grid import Grid, round_to_grid
-from vllm_prinmix.compress.hessian import Hessian, require_finite
-from vllm_prinmix.compress.threads import one_thread_if_small
+from vllm_prinmix.compress.quantization.grid import Grid, round_to_grid
+from vllm_prinmix.compress.quantization.hessian import Hessian, require_finite
+from vllm_prinmix.compress.quantization.threads import one_thread_if_small
 from vllm_prinmix.errors import PrinMixError
 
 # Columns that feed back into each other one by one; wider spans do so by matrix products.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_prinmix.compress import knapsack
+from vllm_prinmix.compress.allocation import knapsack
 from vllm_prinmix.kernels.packing import DIRECTION_BYTES, row_bytes
 
 APART = 2  # bits by which the widths of V and U of a direction may differ

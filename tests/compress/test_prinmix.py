@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from tests.compress.layers import Layer, make_layer, relative_error
-from vllm_prinmix.compress.grid import clipped_grids, dequantize, quantize
-from vllm_prinmix.compress.hessian import Hessian
-from vllm_prinmix.compress.joint import Steps, compress_jointly
-from vllm_prinmix.compress.pairs import Pair, choose_pairs
-from vllm_prinmix.compress.paper import compress_factors
-from vllm_prinmix.compress.whiten import whitened_svd
+from vllm_prinmix.compress.allocation.pairs import Pair, choose_pairs
+from vllm_prinmix.compress.methods import registry
+from vllm_prinmix.compress.methods.paper import compress_factors
+from vllm_prinmix.compress.methods.prinmix import PrinMix, compress_jointly
+from vllm_prinmix.compress.quantization.grid import clipped_grids, dequantize, quantize
+from vllm_prinmix.compress.quantization.hessian import Hessian
+from vllm_prinmix.compress.quantization.whiten import whitened_svd
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.kernels.packing import DIRECTION_BYTES, factors_bytes, row_bytes
 from vllm_prinmix.kernels.quantized import QuantizedFactors
@@ -63,7 +64,7 @@ def test_reported_error_is_the_measured_one(layer: Layer) -> None:
 def test_every_step_lowers_the_error(layer: Layer, without: dict) -> None:
     hessian = Hessian(layer.calibration)
     _, full = compress_jointly(layer.dw, hessian, budget(layer, 16))
-    _, less = compress_jointly(layer.dw, hessian, budget(layer, 16), replace(Steps(), **without))
+    _, less = compress_jointly(layer.dw, hessian, budget(layer, 16), replace(PrinMix(), **without))
     assert full["error"] < less["error"]
 
 
@@ -150,8 +151,16 @@ def test_a_clipped_grid_suits_normal_numbers() -> None:
     assert min(errors) < 0.125 < errors[0]  # 0.1188 is the optimum for a uniform grid
 
 
-def test_options_of_the_other_method_are_refused() -> None:
-    from vllm_prinmix.compress.methods import Method, Recipe, Solver
+def test_options_of_another_method_are_refused() -> None:
+    with pytest.raises(PrinMixError, match=r"no such option.*--method prinmix.*--solver"):
+        registry.make("prinmix", solver="scip")
+    with pytest.raises(PrinMixError, match=r"no such step.*rotation.*whitening"):
+        registry.without("prinmix", ["rotation"])
+    with pytest.raises(PrinMixError, match=r"need the width 0.*--bits.*found: 2,3"):
+        registry.make("prinmix", bits=(2, 3))
 
-    with pytest.raises(PrinMixError, match="--method prinmix"):
-        replace(Recipe.of(Method.PRINMIX), solver=Solver.SCIP).check()
+
+def test_every_step_can_be_switched_off() -> None:
+    options = registry.without("prinmix", [step.replace("_", "-") for step in PrinMix.steps])
+    method = registry.make("prinmix", **options)
+    assert not any(getattr(method, step) for step in PrinMix.steps)

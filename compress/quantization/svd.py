@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_prinmix.compress.threads import one_thread_if_small
+from vllm_prinmix.compress.quantization.threads import one_thread_if_small
 
 CHUNK = 8192  # columns converted to float64 at once: an lm_head's would not fit
 

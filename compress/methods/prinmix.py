@@ -9,47 +9,83 @@ V are fitted to each other again as long as that lowers the error.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 
-from vllm_prinmix.compress.gptq import gptq
-from vllm_prinmix.compress.grid import Grid, clipped_grids, dequantize, minmax_grid, quantize
-from vllm_prinmix.compress.hessian import Hessian
+from vllm_prinmix.compress.allocation.pairs import choose_pairs
 from vllm_prinmix.compress.measure import activation_error
-from vllm_prinmix.compress.pairs import choose_pairs
-from vllm_prinmix.compress.paper import no_directions
-from vllm_prinmix.compress.rtc import correct_target
-from vllm_prinmix.compress.svd import thin_svd
-from vllm_prinmix.compress.whiten import whitened_svd
-from vllm_prinmix.kernels.packing import ALIGNMENT
+from vllm_prinmix.compress.methods.base import Method, check_at_least_one, check_bits, require_directions
+from vllm_prinmix.compress.quantization.gptq import gptq
+from vllm_prinmix.compress.quantization.grid import Grid, clipped_grids, dequantize, minmax_grid, quantize
+from vllm_prinmix.compress.quantization.hessian import Hessian
+from vllm_prinmix.compress.quantization.rtc import correct_target
+from vllm_prinmix.compress.quantization.svd import thin_svd
+from vllm_prinmix.compress.quantization.whiten import whitened_svd
+from vllm_prinmix.errors import PrinMixError
+from vllm_prinmix.kernels.packing import ALIGNMENT, factors_bytes
 from vllm_prinmix.kernels.quantized import QuantizedFactors
-
-BITS = (1, 2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True)
-class Steps:
-    """What the method does beyond the paper's; each can be switched off to see what it is worth."""
+class PrinMix(Method):
+    """What goes beyond the paper's method can be switched off, step by step, to see what it is worth.
 
+    ``max_active_bits``: pairs of widths (V's and U's) in a matrix; each has its padding in memory.
+    """
+
+    name: ClassVar[str] = "prinmix"
+    summary: ClassVar[str] = "both errors in the objective, widths of their own for V and U, fitted scales"
+    steps: ClassVar[tuple[str, ...]] = (
+        "joint_objective", "separate_widths", "whitening", "clipping", "refit_scales", "alternations"
+    )  # fmt: skip
+
+    bits: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 8)
+    max_active_bits: int = 6
     joint_objective: bool = True  # U's error counts too
     separate_widths: bool = True  # of V and U
     whitening: bool = True
     clipping: bool = True  # grids other than min-max
     refit_scales: bool = True
     alternations: int = 2
-    bits: tuple[int, ...] = BITS
-    max_classes: int = 6  # pairs of widths in a module: each has padding in memory
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Ascending, without 0."""
+        return tuple(sorted(b for b in self.bits if b))
+
+    def check(self) -> None:
+        check_bits("--bits", self.bits)
+        check_at_least_one("--max-active-bits", self.max_active_bits)
+        if 0 not in self.bits:
+            raise PrinMixError(
+                "directions that are not worth their bytes need the width 0",
+                where="--bits",
+                found=",".join(map(str, self.bits)),
+                expected="0 among them",
+            )
+
+    def least_bytes(self, rows: int, cols: int) -> int:
+        return factors_bytes([self.widths[0]], [self.widths[0]], rows, cols)
+
+    def compress(
+        self, dw: torch.Tensor, hessian: Hessian, budget_bytes: int | None
+    ) -> tuple[QuantizedFactors, dict[str, Any]]:
+        assert budget_bytes is not None
+        factors, report = compress_jointly(dw, hessian, budget_bytes, self)
+        require_directions(factors, dw, f"--bits {','.join(map(str, self.bits))}")
+        return factors, report
 
 
 def compress_jointly(
-    dw: torch.Tensor, hessian: Hessian, budget_bytes: int, steps: Steps | None = None
+    dw: torch.Tensor, hessian: Hessian, budget_bytes: int, steps: PrinMix | None = None
 ) -> tuple[QuantizedFactors, dict[str, float]]:
     """dW ~= U^ diag(s) V^ in at most ``budget_bytes`` payload bytes, and the errors on the way.
 
     ``dw`` float32 [rows, cols]; errors are ||dW X - dW^ X||^2 / ||dW X||^2 on calibration data. Directions
     come sorted by widths, then by singular value. The same inputs and thread count give the same result.
     """
-    steps = steps or Steps()
+    steps = steps or PrinMix()
     dw = dw.float()
     rows, cols = dw.shape
     if steps.whitening:
@@ -58,25 +94,32 @@ def compress_jointly(
         u, sigma, v = thin_svd(dw)
     keep = _useful(len(sigma), rows, cols, budget_bytes)
     if not keep:
-        return no_directions(rows, cols, dw.device), {"error": 0.0}
+        return QuantizedFactors.empty(rows, cols, dw.device), {"error": 0.0}
     u, sigma, v = u[:, :keep], sigma[:keep], v[:keep]
     weight = sigma.double() ** 2 * hessian.norm(v)  # v_i H v_i^T S_i^2: what U's column i is worth
-    v_errors = torch.stack([_best(v, hessian, b, steps)[0] for b in steps.bits], dim=1)
+    v_errors = torch.stack([_best(v, hessian, b, steps)[0] for b in steps.widths], dim=1)
     v_errors *= sigma.double()[:, None] ** 2
     euclid = Hessian(torch.ones(rows, device=dw.device))
     u_rows = u.T.contiguous()
-    u_errors = torch.stack([_best(u_rows, euclid, b, steps)[0] for b in steps.bits], dim=1)
+    u_errors = torch.stack([_best(u_rows, euclid, b, steps)[0] for b in steps.widths], dim=1)
     u_errors *= weight[:, None]
     if not steps.joint_objective:
         u_errors.zero_()
     budget = budget_bytes // ALIGNMENT * ALIGNMENT
     pairs = choose_pairs(
-        v_errors.cpu().numpy(), u_errors.cpu().numpy(), weight.cpu().numpy(), steps.bits, rows, cols, budget,
-        steps.max_classes, separate=steps.separate_widths,
-    )  # fmt: skip
+        v_errors.cpu().numpy(),
+        u_errors.cpu().numpy(),
+        weight.cpu().numpy(),
+        steps.widths,
+        rows,
+        cols,
+        budget,
+        steps.max_active_bits,
+        separate=steps.separate_widths,
+    )
     chosen = [(pair, i) for i, pair in enumerate(pairs) if pair is not None]
     if not chosen:
-        return no_directions(rows, cols, dw.device), {"error": 1.0 if dw.any() else 0.0}
+        return QuantizedFactors.empty(rows, cols, dw.device), {"error": 1.0 if dw.any() else 0.0}
     chosen.sort(key=lambda entry: (-entry[0].v, -entry[0].u, entry[1]))
     index = torch.tensor([i for _, i in chosen], device=dw.device)
     v_bits = torch.tensor([pair.v for pair, _ in chosen], dtype=torch.uint8, device=dw.device)
@@ -100,7 +143,7 @@ def _useful(directions: int, rows: int, cols: int, budget_bytes: int) -> int:
 
 
 def _best(
-    vectors: torch.Tensor, hessian: Hessian, bits: int, steps: Steps
+    vectors: torch.Tensor, hessian: Hessian, bits: int, steps: PrinMix
 ) -> tuple[torch.Tensor, torch.Tensor, Grid]:
     """Each row of ``vectors`` (float32 [n, K]) quantized on the best of its grids, scale refitted.
 
@@ -141,7 +184,7 @@ def _refit(vectors: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: Hess
 
 
 def _each_width(
-    vectors: torch.Tensor, hessian: Hessian, bits: torch.Tensor, steps: Steps
+    vectors: torch.Tensor, hessian: Hessian, bits: torch.Tensor, steps: PrinMix
 ) -> tuple[torch.Tensor, Grid]:
     """`_best` with a width per row."""
     codes = torch.empty_like(vectors, dtype=torch.uint8)
@@ -162,7 +205,7 @@ def _quantize(
     v: torch.Tensor,
     v_bits: torch.Tensor,
     u_bits: torch.Tensor,
-    steps: Steps,
+    steps: PrinMix,
 ) -> QuantizedFactors:
     """V on its grids, U refitted to it (Eq. 7) and quantized, then all scales at once."""
     v_codes, v_grid = _each_width(v, hessian, v_bits, steps)
@@ -207,7 +250,7 @@ def _alternate(
     factors: QuantizedFactors,
     v_bits: torch.Tensor,
     u_bits: torch.Tensor,
-    steps: Steps,
+    steps: PrinMix,
 ) -> QuantizedFactors:
     """V refitted to the quantized U and quantized anew, then U again."""
     u = factors.u().T * factors.scale  # [rows, n], scales included
