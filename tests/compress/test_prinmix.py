@@ -97,10 +97,15 @@ def test_nothing_to_store() -> None:
 def test_whitened_directions(layer: Layer) -> None:
     """U is orthonormal, V in H's metric; and Eq. 5 holds with any error of V."""
     hessian = Hessian(layer.calibration)
-    u, sigma, v = whitened_svd(layer.dw, hessian, damping=1e-6)
+    u, sigma, v = whitened_svd(layer.dw, hessian)
     eye = torch.eye(len(sigma))
     assert torch.allclose(u.T @ u, eye, atol=1e-4)
-    assert torch.allclose(v @ hessian.matrix @ v.T, eye, atol=1e-2)
+    damped = hessian.matrix + hessian.damping * torch.eye(hessian.size)
+    assert torch.allclose(v @ damped @ v.T, eye, atol=1e-2)
+    few = whitened_svd(layer.dw, hessian, 5)
+    assert all(
+        torch.allclose(a, b, atol=1e-5) for a, b in zip(few, (u[:, :5], sigma[:5], v[:5]), strict=True)
+    )
     assert relative_error(layer.dw, (u * sigma) @ v, layer.calibration) < 1e-8
     noise = torch.randn(v.shape, generator=torch.Generator().manual_seed(0))
     wrong = v + 0.1 * v.std(1, keepdim=True) * noise
@@ -146,7 +151,7 @@ def test_a_clipped_grid_suits_normal_numbers() -> None:
     vectors = torch.randn(8, 4096, generator=torch.Generator().manual_seed(0))
     errors = [
         float((vectors - dequantize(quantize(vectors, grid), grid)).square().mean())
-        for grid in clipped_grids(vectors, 2)
+        for grid in clipped_grids(vectors, torch.full((8,), 2, dtype=torch.uint8))
     ]
     assert min(errors) < 0.125 < errors[0]  # 0.1188 is the optimum for a uniform grid
 
