@@ -62,7 +62,7 @@ NORMAL_RANGE = {1: 0.798, 2: 1.494, 3: 2.051, 4: 2.514, 5: 2.913, 6: 3.262, 7: 3
 
 
 def clipped_grids(vectors: torch.Tensor, bits: torch.Tensor) -> list[Grid]:
-    """Grids for ``vectors`` (float32 [n, length]) at their ``bits`` (uint8 [n]) with tails clipped differently.
+    """Grids for ``vectors`` (float32 [n, K]) at their ``bits`` (uint8 [n]) that clip the tails differently.
 
     Few bits are better spent on the many entries than on the few large ones, but not in every vector:
     which grid is best is for the caller to find out. The first is `minmax_grid`.
