@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,6 +17,7 @@ from vllm_prinmix.compress.quantization.hessian import Hessian, require_finite
 from vllm_prinmix.compress.quantization.rtc import correct_target
 from vllm_prinmix.compress.quantization.svd import thin_svd
 from vllm_prinmix.compress.quantization.threads import one_thread_if_small
+from vllm_prinmix.compress.stopwatch import Stopwatch
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.kernels.packing import ALIGNMENT, DIRECTION_BYTES, factors_bytes, row_bytes
 from vllm_prinmix.kernels.quantized import MAX_BITS, QuantizedFactors
@@ -146,7 +146,7 @@ def _algorithm_1(
 ) -> tuple[QuantizedFactors, FactorsReport]:
     """`compress_factors` on checked arguments."""
     rows, cols = dw.shape
-    watch = _Stopwatch()
+    watch = Stopwatch()
     u, sigma, v = thin_svd(dw)
     watch.lap("svd")
     errors = simulate(v, sigma, hessian, candidate_bits)
@@ -234,16 +234,3 @@ def simulate(
 def direction_bytes(bits: int, rows: int, cols: int) -> int:
     """B of Eq. 8: bytes of one direction, V and U at the same width, scale and zero points included."""
     return row_bytes(bits, cols) + row_bytes(bits, rows) + DIRECTION_BYTES if bits else 0
-
-
-class _Stopwatch:
-    """Seconds between laps, added up by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
-        self._last = now

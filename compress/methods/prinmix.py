@@ -23,6 +23,7 @@ from vllm_prinmix.compress.quantization.hessian import Hessian
 from vllm_prinmix.compress.quantization.rtc import corrected, normal_equations
 from vllm_prinmix.compress.quantization.svd import thin_svd
 from vllm_prinmix.compress.quantization.whiten import whitened_svd
+from vllm_prinmix.compress.stopwatch import Stopwatch
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.kernels.packing import ALIGNMENT, factors_bytes
 from vllm_prinmix.kernels.quantized import QuantizedFactors
@@ -80,24 +81,31 @@ class PrinMix(Method):
 
 
 def compress_jointly(
-    dw: torch.Tensor, hessian: Hessian, budget_bytes: int, steps: PrinMix | None = None
+    dw: torch.Tensor,
+    hessian: Hessian,
+    budget_bytes: int,
+    steps: PrinMix | None = None,
+    watch: Stopwatch | None = None,
 ) -> tuple[QuantizedFactors, dict[str, float]]:
     """dW ~= U^ diag(s) V^ in at most ``budget_bytes`` payload bytes, and the errors on the way.
 
     ``dw`` float32 [rows, cols]; errors are ||dW X - dW^ X||^2 / ||dW X||^2 on calibration data. Directions
     come sorted by widths, then by singular value. The same inputs and thread count give the same result.
+    ``watch`` learns the time of each stage.
     """
-    steps = steps or PrinMix()
+    steps, watch = steps or PrinMix(), watch or Stopwatch()
     dw = dw.float()
     rows, cols = dw.shape
     keep = _useful(rows, cols, budget_bytes)
     u, sigma, v = whitened_svd(dw, hessian, keep) if steps.whitening else thin_svd(dw, keep)
+    watch.lap("svd", dw.device)
     if not len(sigma):
         return QuantizedFactors.empty(rows, cols, dw.device), {"error": float(bool(dw.any()))}
     weight = sigma.double() ** 2 * hessian.damped_norm(v)  # the error of leaving a direction out
     clipping = steps.clipping
     v_errors = simulate(v, hessian, steps.widths, clipping=clipping) * weight[:, None]
     u_errors = simulate(u.T.contiguous(), _euclid(u), steps.widths, clipping=clipping) * weight[:, None]
+    watch.lap("simulate", dw.device)
     if not steps.joint_objective:
         u_errors.zero_()
     budget = budget_bytes // ALIGNMENT * ALIGNMENT
@@ -112,6 +120,7 @@ def compress_jointly(
         steps.max_active_bits,
         separate=steps.separate_widths,
     )
+    watch.lap("allocate", dw.device)
     chosen = [(pair, i) for i, pair in enumerate(pairs) if pair is not None]
     if not chosen:
         return QuantizedFactors.empty(rows, cols, dw.device), {"error": 1.0 if dw.any() else 0.0}
@@ -123,12 +132,16 @@ def compress_jointly(
     fit = _Fit(dw, hessian, v_bits, u_bits, steps)
     best, error = fit.quantize(u, sigma, v)
     first = error
+    watch.lap("quantize", dw.device)
     for _ in range(steps.alternations):
         again, new = fit.quantize(*fit.refit_v(best))
         if not new < error:
             break
         best, error = again, new
-    return best, {"error_first": first, "error": activation_error(dw, best.dense(), hessian)}
+    watch.lap("alternate", dw.device)
+    measured = activation_error(dw, best.dense(), hessian)
+    watch.lap("report", dw.device)
+    return best, {"error_first": first, "error": measured}
 
 
 def _useful(rows: int, cols: int, budget_bytes: int) -> int:
