@@ -78,6 +78,12 @@ def check_at_least_one(option: str, value: int) -> None:
         raise PrinMixError("the number is too small", where=option, found=value, expected="at least 1")
 
 
+def check_not_negative(option: str, value: float) -> None:
+    """Raises PrinMixError for a number below 0, infinity and NaN."""
+    if not 0 <= value < float("inf"):
+        raise PrinMixError("the number is out of range", where=option, found=value, expected="0 or more")
+
+
 def require_directions(factors: QuantizedFactors, dw: torch.Tensor, options: str) -> None:
     """Raises PrinMixError where nothing of the change was kept; ``options`` are those that decide it."""
     if not factors.directions and dw.any():

@@ -15,7 +15,13 @@ import torch
 
 from vllm_prinmix.compress.allocation.pairs import choose_pairs
 from vllm_prinmix.compress.measure import activation_error
-from vllm_prinmix.compress.methods.base import Method, check_at_least_one, check_bits, require_directions
+from vllm_prinmix.compress.methods.base import (
+    Method,
+    check_at_least_one,
+    check_bits,
+    check_not_negative,
+    require_directions,
+)
 from vllm_prinmix.compress.quantization.gptq import gptq
 from vllm_prinmix.compress.quantization.grid import Grid, clipped_grids, dequantize, minmax_grid, quantize
 from vllm_prinmix.compress.quantization.hessian import Hessian
@@ -42,6 +48,7 @@ class PrinMix(Method):
 
     bits: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 8)
     max_active_bits: int = 6
+    rank_penalty: float = 0.0  # see `allocate`: fewer directions with more bits
     joint_objective: bool = True  # U's error counts too
     separate_widths: bool = True  # of V and U
     whitening: bool = True
@@ -57,6 +64,7 @@ class PrinMix(Method):
     def check(self) -> None:
         check_bits("--bits", self.bits)
         check_at_least_one("--max-active-bits", self.max_active_bits)
+        check_not_negative("--rank-penalty", self.rank_penalty)
         if 0 not in self.bits:
             raise PrinMixError(
                 "directions that are not worth their bytes need the width 0",
@@ -106,7 +114,7 @@ def compress_jointly(
     if not steps.joint_objective:
         u_errors.zero_()
     budget = budget_bytes // ALIGNMENT * ALIGNMENT
-    pairs = choose_pairs(
+    pairs, allocation = choose_pairs(
         v_errors.cpu().numpy(),
         u_errors.cpu().numpy(),
         weight.cpu().numpy(),
@@ -116,7 +124,12 @@ def compress_jointly(
         budget,
         steps.max_active_bits,
         separate=steps.separate_widths,
+        rank_penalty=steps.rank_penalty,
     )
+    certificate = {
+        "solver_gap": allocation.gap,
+        "solver_bound": allocation.bound / (float(weight.sum()) or 1),
+    }
     chosen = [(pair, i) for i, pair in enumerate(pairs) if pair is not None]
     if not chosen:
         return QuantizedFactors.empty(rows, cols, dw.device), {"error": 1.0 if dw.any() else 0.0}
@@ -134,7 +147,7 @@ def compress_jointly(
         if not new < error:
             break
         best, error = again, new
-    return best, {**errors, "error": error}
+    return best, {**errors, "error": error, **certificate}
 
 
 def _useful(directions: int, rows: int, cols: int, budget_bytes: int) -> int:
