@@ -28,7 +28,7 @@ def solve(
     Returns int64 [n] and the bound, which equals the sum but for float64 rounding, unless MAX_STATES or
     MAX_NODES were not enough. None where nothing fits.
     """
-    order = np.argsort(cost, kind="stable")
+    order = _useful(errors, cost, free)
     errors, cost = errors[:, order], cost[order]
     if len(errors) * cost[0] > capacity:
         return None
@@ -68,6 +68,14 @@ def solve(
             improve(subset)
             sets.limit = best_error * (1 - EPSILON) + spent
     return order[best], min(bound, sets.unseen - spent, best_error)
+
+
+def _useful(errors: np.ndarray, cost: np.ndarray, free: int | None) -> np.ndarray:
+    """Columns by ascending cost, without those that a cheaper one replaces in every row."""
+    order = np.argsort(cost, kind="stable")
+    columns = np.ascontiguousarray(errors.T)[order]
+    better = [(columns[:i] <= columns[i]).all(axis=1).any() and c != free for i, c in enumerate(order)]
+    return order[~np.array(better)]
 
 
 class _Sets:
