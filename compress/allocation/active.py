@@ -35,38 +35,45 @@ def solve(
     counts = order != free
     best, best_error, bound = np.zeros(len(errors), dtype=np.int64), np.inf, np.inf
 
-    def improve(subset: np.ndarray) -> float:
-        """Solves one set's knapsack, as far as it can hold a better choice; its best multiplier."""
+    def settle(subset: np.ndarray) -> bool:
+        """Looks for a better choice in ``subset``; whether it has none now that keeps to ``max_active``."""
         nonlocal best, best_error, bound
         part, prices = errors[:, subset], cost[subset]
+        if len(part) * prices[0] > capacity:
+            return True
         relaxation = relax(part, prices, capacity)
-        if relaxation.value < best_error * (1 - EPSILON):
+        if relaxation.value >= best_error * (1 - EPSILON):
+            return True
+        small = counts[subset].sum() <= max_active
+        if small:
             choice = fill(part, prices, capacity, relaxation.choice)
             if (error := total(part, choice)) < best_error:
                 best, best_error = subset[choice], error
-            better, proved = close_gap(part, prices, capacity, relaxation, best_error)
-            if better is not None:
-                best, best_error = subset[better], total(part, better)
-            if not proved:
-                bound = min(bound, relaxation.value)
-        return relaxation.multiplier
+        better, proved = close_gap(part, prices, capacity, relaxation, best_error)
+        if better is not None:
+            if counts[np.unique(subset[better])].sum() > max_active:
+                return False
+            best, best_error = subset[better], total(part, better)
+        elif small and not proved:
+            bound = min(bound, relaxation.value)
+        return proved
 
     # Any multiplier gives bounds; those of good sets give tight ones where they matter.
     multiplier = relax(errors, cost, capacity).multiplier
     subset = _Sets(errors + multiplier * cost, counts, max_active).greedy()
     multiplier = relax(errors[:, subset], cost[subset], capacity).multiplier
     sets = _Sets(errors + multiplier * cost, counts, max_active)
-    for value, candidate in sets.below_limit():
-        if len(errors) * cost[candidate[0]] <= capacity:
-            sets.limit, subset = value, candidate
-    multiplier = improve(subset)
+    for value, _, used in sets.below_limit():
+        if len(errors) * cost[used[0]] <= capacity:
+            sets.limit, subset = value, used
+    multiplier = relax(errors[:, subset], cost[subset], capacity).multiplier
+    settle(subset)
     sets = _Sets(errors + multiplier * cost, counts, max_active)
     spent = multiplier * capacity
     sets.limit = best_error * (1 - EPSILON) + spent
-    for _, subset in sets.below_limit():
-        if len(errors) * cost[subset[0]] <= capacity:
-            improve(subset)
-            sets.limit = best_error * (1 - EPSILON) + spent
+    for _, subset, _ in sets.below_limit():
+        sets.settled = settle(subset)
+        sets.limit = best_error * (1 - EPSILON) + spent
     return order[best], min(bound, sets.unseen - spent, best_error)
 
 
@@ -87,6 +94,7 @@ class _Sets:
 
     def __init__(self, penalised: np.ndarray, counts: np.ndarray, max_active: int) -> None:
         self.limit = np.inf  # only sets with a smaller sum count; may be lowered any time
+        self.settled = False  # of the columns that `below_limit` gave last: nothing of them is of interest
         self.unseen = np.inf  # a lower bound of all sets that `below_limit` did not come to
         self._columns = len(counts)
         self._counts = counts
@@ -107,8 +115,11 @@ class _Sets:
             allowed[np.where(allowed & allowed_to_go, losses, np.inf).argmin()] = False
         return np.flatnonzero(allowed)
 
-    def below_limit(self) -> Iterator[tuple[float, np.ndarray]]:
-        """Every set of the largest size whose sum is below the limit: sum and columns, ascending."""
+    def below_limit(self) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:
+        """Columns whose minima have a sum below the limit, and need few enough columns: sum, columns, those.
+
+        Of more columns than a set may have the smaller sets follow, unless they are `settled`.
+        """
         allowed = np.ones(self._columns, dtype=bool)
         # Sets between ``kept`` and ``allowed``, with the sum and the losses of ``allowed``.
         todo = [(allowed, ~self._counts, *self._look(allowed))]
@@ -116,11 +127,16 @@ class _Sets:
             if not todo:
                 return
             allowed, kept, value, losses = todo.pop()
-            if self._bound(allowed, kept, value, losses) >= self.limit:
+            bound = self._bound(allowed, kept, value, losses)
+            if bound >= self.limit:
                 continue
-            if allowed.sum() <= self._size:
-                yield value, np.flatnonzero(allowed)
-                continue
+            last = allowed.sum() <= self._size
+            used = allowed if last else allowed & ((losses > 0) | ~self._counts)
+            if used.sum() <= self._size:
+                self.settled = last
+                yield value, np.flatnonzero(allowed), np.flatnonzero(used)
+                if last or self.settled or bound >= self.limit:
+                    continue
             column = np.where(allowed & ~kept, losses, -1.0).argmax()
             without, with_it = allowed.copy(), kept.copy()
             without[column], with_it[column] = False, True
