@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def _hull(curve: Curve) -> list[tuple[float, int]]:
         while len(points) > 1 and _slope(points[-2], points[-1]) <= _slope(points[-1], point):
             points.pop()
         points.append(point)
-    return [(_slope(a, b), b[0] - a[0]) for a, b in zip(points, points[1:], strict=False)]
+    return [(_slope(a, b), b[0] - a[0]) for a, b in pairwise(points)]
 
 
 def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:

@@ -10,7 +10,13 @@ import torch
 
 from vllm_prinmix.compress.allocation.allocate import SOLVERS, allocate
 from vllm_prinmix.compress.measure import ROWS, activation_error, factors_error
-from vllm_prinmix.compress.methods.base import Method, check_at_least_one, check_bits, require_directions
+from vllm_prinmix.compress.methods.base import (
+    Method,
+    check_at_least_one,
+    check_bits,
+    check_not_negative,
+    require_directions,
+)
 from vllm_prinmix.compress.quantization.gptq import gptq
 from vllm_prinmix.compress.quantization.grid import dequantize, minmax_grid
 from vllm_prinmix.compress.quantization.hessian import Hessian, require_finite
@@ -39,10 +45,12 @@ class Paper(Method):
     max_active_bits: int = MAX_ACTIVE_BITS
     solver: str = "scip"
     rtc: bool = True
+    rank_penalty: float = 0.0  # see `allocate`: fewer directions with more bits
 
     def check(self) -> None:
         check_bits("--bits", self.bits)
         check_at_least_one("--max-active-bits", self.max_active_bits)
+        check_not_negative("--rank-penalty", self.rank_penalty)
         if self.solver not in SOLVERS:
             raise PrinMixError(
                 "unknown solver", where="--solver", found=self.solver, expected=" or ".join(SOLVERS)
@@ -64,6 +72,7 @@ class Paper(Method):
             max_active_bits=self.max_active_bits,
             solver=self.solver,
             rtc=self.rtc,
+            rank_penalty=self.rank_penalty,
         )
         require_directions(
             factors, dw, f"--max-active-bits {self.max_active_bits}, --bits {','.join(map(str, self.bits))}"
@@ -96,13 +105,14 @@ def compress_factors(
     max_active_bits: int = MAX_ACTIVE_BITS,
     solver: str = "scip",
     rtc: bool = True,
+    rank_penalty: float = 0.0,
 ) -> tuple[QuantizedFactors, FactorsReport]:
     """Algorithm 1 on one module: dW ~= U^ diag(S) V^ in at most ``budget_bytes`` payload bytes.
 
     ``dw`` float32 [rows, cols]; ``hessian`` H = X X^T of the module's inputs, float32 [cols, cols] or its
-    diagonal [cols] (a `Hessian` is factorised once for all modules that share it). ``solver``: see
-    `allocate`. Without ``rtc`` U is quantized as it is (the paper's Table 5). Works on the device of ``dw``;
-    the same inputs and thread count give the same result.
+    diagonal [cols] (a `Hessian` is factorised once for all modules that share it). ``solver`` and
+    ``rank_penalty``: see `allocate`. Without ``rtc`` U is quantized as it is (the paper's Table 5).
+    Works on the device of ``dw``; the same inputs and thread count give the same result.
 
     Directions come sorted by width, widest first, then by singular value. There are none where dW is zero
     or the budget does not reach for one: whether that is an error is the caller's to decide. Inputs that
@@ -132,7 +142,9 @@ def compress_factors(
             "weights and calibration inputs differ in width", found=f"{cols} columns", expected=hessian.size
         )
     with one_thread_if_small(max(rows, cols)):
-        return _algorithm_1(dw, hessian, budget_bytes, candidate_bits, max_active_bits, solver, rtc)
+        return _algorithm_1(
+            dw, hessian, budget_bytes, candidate_bits, max_active_bits, solver, rtc, rank_penalty
+        )
 
 
 def _algorithm_1(
@@ -143,6 +155,7 @@ def _algorithm_1(
     max_active_bits: int,
     solver: str,
     rtc: bool,
+    rank_penalty: float,
 ) -> tuple[QuantizedFactors, FactorsReport]:
     """`compress_factors` on checked arguments."""
     rows, cols = dw.shape
@@ -154,7 +167,7 @@ def _algorithm_1(
     cost = [direction_bytes(bits, rows, cols) for bits in candidate_bits]
     # Codes come in multiples of ALIGNMENT, so a payload padded to it fits where the unpadded one does.
     budget = budget_bytes // ALIGNMENT * ALIGNMENT
-    allocation = allocate(errors.numpy(), cost, budget, max_active_bits, solver)
+    allocation = allocate(errors.numpy(), cost, budget, max_active_bits, solver, rank_penalty=rank_penalty)
     watch.lap("allocate")
 
     widths = torch.tensor(candidate_bits)[torch.from_numpy(allocation.choice)]

@@ -8,14 +8,24 @@ V are fitted to each other again as long as that lowers the error.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
-from vllm_prinmix.compress.allocation.pairs import choose_pairs
+from vllm_prinmix.compress.allocation.allocate import Allocation
+from vllm_prinmix.compress.allocation.budgets import Curve
+from vllm_prinmix.compress.allocation.pairs import Pair, choose_pairs
 from vllm_prinmix.compress.measure import ROWS, activation_error
-from vllm_prinmix.compress.methods.base import Method, check_at_least_one, check_bits, require_directions
+from vllm_prinmix.compress.methods.base import (
+    Method,
+    check_at_least_one,
+    check_bits,
+    check_not_negative,
+    require_directions,
+)
 from vllm_prinmix.compress.quantization.best_grid import quantize_best, simulate
 from vllm_prinmix.compress.quantization.gptq import gptq
 from vllm_prinmix.compress.quantization.grid import Grid, dequantize
@@ -44,6 +54,7 @@ class PrinMix(Method):
 
     bits: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 8)
     max_active_bits: int = 6
+    rank_penalty: float = 0.0  # see `allocate`: fewer directions with more bits
     joint_objective: bool = True  # U's error counts too
     separate_widths: bool = True  # of V and U
     whitening: bool = True
@@ -60,6 +71,7 @@ class PrinMix(Method):
     def check(self) -> None:
         check_bits("--bits", self.bits)
         check_at_least_one("--max-active-bits", self.max_active_bits)
+        check_not_negative("--rank-penalty", self.rank_penalty)
         if 0 not in self.bits:
             raise PrinMixError(
                 "directions that are not worth their bytes need the width 0",
@@ -79,6 +91,14 @@ class PrinMix(Method):
         require_directions(factors, dw, f"--bits {','.join(map(str, self.bits))}")
         return factors, report
 
+    def curve(self, dw: torch.Tensor, hessian: Hessian, budgets: Sequence[int]) -> Curve:
+        dw = dw.float()
+        directions = _Directions(dw, hessian, max(budgets), self, Stopwatch())
+        total = sum(float(hessian.damped_norm(part).sum()) for part in dw.split(ROWS))
+        cut = total - float(directions.weight.sum())  # by the SVD, whatever the widths
+        errors = [directions.choose(budget)[1].error + cut for budget in budgets]
+        return Curve(budgets, [error / total if total else 0.0 for error in errors])
+
 
 def compress_jointly(
     dw: torch.Tensor,
@@ -95,40 +115,17 @@ def compress_jointly(
     """
     steps, watch = steps or PrinMix(), watch or Stopwatch()
     dw = dw.float()
-    rows, cols = dw.shape
-    keep = _useful(rows, cols, budget_bytes)
-    u, sigma, v = whitened_svd(dw, hessian, keep) if steps.whitening else thin_svd(dw, keep)
-    watch.lap("svd", dw.device)
-    if not len(sigma):
-        return QuantizedFactors.empty(rows, cols, dw.device), {"error": float(bool(dw.any()))}
-    weight = sigma.double() ** 2 * hessian.damped_norm(v)  # the error of leaving a direction out
-    clipping = steps.clipping
-    v_errors = simulate(v, hessian, steps.widths, clipping=clipping) * weight[:, None]
-    u_errors = simulate(u.T.contiguous(), _euclid(u), steps.widths, clipping=clipping) * weight[:, None]
-    watch.lap("simulate", dw.device)
-    if not steps.joint_objective:
-        u_errors.zero_()
-    budget = budget_bytes // ALIGNMENT * ALIGNMENT
-    pairs = choose_pairs(
-        v_errors.cpu().numpy(),
-        u_errors.cpu().numpy(),
-        weight.cpu().numpy(),
-        steps.widths,
-        rows,
-        cols,
-        budget,
-        steps.max_active_bits,
-        separate=steps.separate_widths,
-    )
+    directions = _Directions(dw, hessian, budget_bytes, steps, watch)
+    pairs, allocation = directions.choose(budget_bytes)
     watch.lap("allocate", dw.device)
     chosen = [(pair, i) for i, pair in enumerate(pairs) if pair is not None]
     if not chosen:
-        return QuantizedFactors.empty(rows, cols, dw.device), {"error": 1.0 if dw.any() else 0.0}
+        return QuantizedFactors.empty(*dw.shape, dw.device), {"error": float(bool(dw.any()))}
     chosen.sort(key=lambda entry: (-entry[0].v, -entry[0].u, entry[1]))
     index = torch.tensor([i for _, i in chosen], device=dw.device)
     v_bits = torch.tensor([pair.v for pair, _ in chosen], dtype=torch.uint8, device=dw.device)
     u_bits = torch.tensor([pair.u for pair, _ in chosen], dtype=torch.uint8, device=dw.device)
-    u, sigma, v = u[:, index], sigma[index], v[index]
+    u, sigma, v = directions.u[:, index], directions.sigma[index], directions.v[index]
     fit = _Fit(dw, hessian, v_bits, u_bits, steps)
     best, error = fit.quantize(u, sigma, v)
     first = error
@@ -141,7 +138,50 @@ def compress_jointly(
     watch.lap("alternate", dw.device)
     measured = activation_error(dw, best.dense(), hessian)
     watch.lap("report", dw.device)
-    return best, {"error_first": first, "error": measured}
+    return best, {
+        "error_first": first,
+        "error": measured,
+        "solver_gap": allocation.gap,
+        "solver_bound": allocation.bound / (float(directions.weight.sum()) or 1),
+    }
+
+
+class _Directions:
+    """The singular directions of a matrix that ``most_bytes`` can hold, and what their widths cost."""
+
+    def __init__(
+        self, dw: torch.Tensor, hessian: Hessian, most_bytes: int, steps: PrinMix, watch: Stopwatch
+    ) -> None:
+        self.steps, self.shape = steps, dw.shape
+        most = _useful(*dw.shape, most_bytes)
+        svd = whitened_svd(dw, hessian, most) if steps.whitening else thin_svd(dw, most)
+        self.u, self.sigma, self.v = svd
+        watch.lap("svd", dw.device)
+        # The error of leaving a direction out.
+        self.weight = self.sigma.double() ** 2 * hessian.damped_norm(self.v)
+        v_shares = simulate(self.v, hessian, steps.widths, clipping=steps.clipping)
+        u_rows = self.u.T.contiguous()
+        u_shares = simulate(u_rows, _euclid(self.u), steps.widths, clipping=steps.clipping)
+        self.v_errors = v_shares * self.weight[:, None]
+        self.u_errors = u_shares * self.weight[:, None] * steps.joint_objective
+        watch.lap("simulate", dw.device)
+
+    def choose(self, budget_bytes: int) -> tuple[list[Pair | None], Allocation]:
+        """The widths of each direction within the budget."""
+        if not len(self.weight):
+            return [], Allocation(np.zeros(0, dtype=np.int64), 0.0, 0.0, 0.0)
+        return choose_pairs(
+            self.v_errors.cpu().numpy(),
+            self.u_errors.cpu().numpy(),
+            self.weight.cpu().numpy(),
+            bits=self.steps.widths,
+            rows=self.shape[0],
+            cols=self.shape[1],
+            budget_bytes=budget_bytes // ALIGNMENT * ALIGNMENT,
+            max_classes=self.steps.max_active_bits,
+            separate=self.steps.separate_widths,
+            rank_penalty=self.steps.rank_penalty,
+        )
 
 
 def _useful(rows: int, cols: int, budget_bytes: int) -> int:
