@@ -46,7 +46,8 @@ class Method(ABC):
     def curve(self, dw: torch.Tensor, hessian: Hessian, budgets: Sequence[int]) -> Curve | None:
         """The error to be expected of `compress` at each of ``budgets`` (bytes, ascending).
 
-        It decides how matrices share bytes (`allocation.budgets`). None where the method cannot tell without compressing.
+        It decides how matrices share bytes (`allocation.budgets`). None where the method cannot tell
+        without compressing.
         """
         return None
 

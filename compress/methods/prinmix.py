@@ -120,7 +120,7 @@ def compress_jointly(
     watch.lap("allocate", dw.device)
     chosen = [(pair, i) for i, pair in enumerate(pairs) if pair is not None]
     if not chosen:
-        return QuantizedFactors.empty(*dw.shape, dw.device), {"error": float(bool(dw.any()))}
+        return QuantizedFactors.empty(dw.shape[0], dw.shape[1], dw.device), {"error": float(bool(dw.any()))}
     chosen.sort(key=lambda entry: (-entry[0].v, -entry[0].u, entry[1]))
     index = torch.tensor([i for _, i in chosen], device=dw.device)
     v_bits = torch.tensor([pair.v for pair, _ in chosen], dtype=torch.uint8, device=dw.device)
@@ -153,7 +153,7 @@ class _Directions:
         self, dw: torch.Tensor, hessian: Hessian, most_bytes: int, steps: PrinMix, watch: Stopwatch
     ) -> None:
         self.steps, self.shape = steps, dw.shape
-        most = _useful(*dw.shape, most_bytes)
+        most = _useful(dw.shape[0], dw.shape[1], most_bytes)
         svd = whitened_svd(dw, hessian, most) if steps.whitening else thin_svd(dw, most)
         self.u, self.sigma, self.v = svd
         watch.lap("svd", dw.device)
