@@ -48,7 +48,7 @@ class BitDelta(MatrixBaseline):
         quantized = QuantizedMatrix(
             codes=codes,
             bits=1,
-            scale=(2 * scale).expand(rows).contiguous(),
+            scale=(2 * scale).repeat(rows),
             zero=torch.full((rows,), 0.5, dtype=torch.float16, device=dw.device),
         )
         return quantized, report_error(dw, quantized, hessian)

@@ -56,7 +56,7 @@ def sparse_gptq(weight: torch.Tensor, hessian: Hessian, grid: Grid) -> torch.Ten
     ``weight`` float32 [rows, cols]; ``grid`` has an entry per row, its zero points are codes. As in `gptq`,
     with H + damping = F D F^T the error of a row is sum_k D_k (e_k + sum_{j>k} e_j F_jk)^2 and columns are
     visited from the last to the first, here in their own order. When a group is reached, what it would cost
-    to set entry k to zero is D_k times the square of its value with all errors fed back so far.
+    to set entry k to zero is D_k times the square of its `unrounded` value.
     """
     matrix = hessian.matrix.diag() if hessian.is_diagonal else hessian.matrix.clone()
     lower = damped_cholesky(matrix, DAMPING * matrix.diagonal().mean())
@@ -73,12 +73,25 @@ def sparse_gptq(weight: torch.Tensor, hessian: Hessian, grid: Grid) -> torch.Ten
             for k in reversed(range(start, stop)):
                 first = k // GROUP * GROUP
                 if k + 1 == min(first + GROUP, size):
-                    keep = two_of_four(target[first : k + 1].square() * cost[first : k + 1, None])
+                    group = slice(first, k + 1)
+                    values = unrounded(weight[group], target[group], factor[group, group])
+                    keep = two_of_four(values.square() * cost[group, None])
                 codes[k] = torch.where(keep[k - first], round_to_grid(target[k], scale, zero, top), zero)
                 error[k] = weight[k] - (codes[k] - zero) * scale
                 target[start:k].addcmul_(factor[k, start:k, None], error[k, None])
             target[:start].addmm_(factor[start:stop, :start].T, error[start:stop])
     return codes.T.to(torch.uint8).contiguous()
+
+
+def unrounded(weight: torch.Tensor, target: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """What the entries of a group should be, were none of them rounded: float32 [g, n], as both arguments.
+
+    ``target`` takes the entries of the group that follow for unchanged, though they are moved themselves.
+    """
+    values = target.clone()
+    for k in reversed(range(len(values))):
+        values[:k].addcmul_(factor[k, :k, None], (weight[k] - values[k])[None])
+    return values
 
 
 def two_of_four(scores: torch.Tensor) -> torch.Tensor:
