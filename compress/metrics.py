@@ -20,6 +20,7 @@ def hessians(
     wanted: set[str],
     device: torch.device,
     tell: Callable[[str], None] = lambda text: None,
+    repeats: int = 0,
 ) -> Iterator[tuple[str, Hessian]]:
     """(weight name, metric of its inputs) for all ``wanted`` matrices: embedding, layers, lm_head.
 
@@ -27,6 +28,9 @@ def hessians(
     metrics are in memory at a time; modules that share an input follow one another with the same `Hessian`.
     An untied embedding's metric is that of its transpose [hidden, vocabulary], see `embedding_hessian`.
     ``tell`` hears which layer's samples are being run. No forward pass is made that no wanted matrix needs.
+
+    With ``repeats`` the linear layers' metrics have as many others, `repeated`: of the samples carried along
+    once more, through every layer so many times before the next. In memory they are a metric each too.
     """
     left = set(wanted)
     tied = is_tied(model)
@@ -36,16 +40,23 @@ def hessians(
     if not left:
         return
     hidden = stream.embed(checkpoint, samples)
+    drifting = list(hidden) if repeats else []
     for index in range(model.config.num_hidden_layers):
         tell(f"layer {index}: running the calibration samples")
         names = [name for name in wanted if name.startswith(layer_prefix(index))]
         moments = stream.run_layer(model, checkpoint, index, hidden, set(names), device)
+        again = [
+            stream.run_layer(model, checkpoint, index, drifting, set(names), device) for _ in range(repeats)
+        ]
         matrix, hessian = None, None
         for name in list(moments):
             if hessian is None or moments[name] is not matrix:
                 matrix = moments[name]
                 hessian = Hessian(matrix)
+                hessian.repeated = tuple(Hessian(other[name]) for other in again)
             del moments[name]
+            for other in again:
+                del other[name]
             yield name, hessian
         del matrix, hessian  # large, and not needed while the next layer runs
         left.difference_update(names)

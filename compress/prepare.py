@@ -144,6 +144,10 @@ def _check_options(options: Options) -> None:
                 found=ratio,
                 expected="more than 0 and at most 1, such as 1/16 or 0.0625",
             )
+    if options.ratio is None and not options.method.has_own_size:
+        raise PrinMixError(
+            "the method needs a ratio", where=f"--method {options.method}", fix="give --ratio, such as 1/16"
+        )
     options.method.check()
     check_at_least_one("--samples", options.samples)
     check_at_least_one("--sequence-length", options.sequence_length)

@@ -33,7 +33,8 @@ def check_reachable(name: str, shapes: dict[str, tuple[int, int]], ratio: Fracti
         where=f"{name}, {worst}",
         found=f"{as_text(ratio)}: {budget(ratio, rows, cols)} bytes for {rows} x {cols}",
         expected=f"at least {as_text(least[worst], up=True)}, which works for every module",
-        fix=f"give {name} {as_text(least[worst], up=True)} or more",
+        fix=f"give {name} {as_text(least[worst], up=True)} or more"
+        + (", or leave it out: the method's size is fixed" if method.has_own_size else ""),
     )
 
 

@@ -77,7 +77,13 @@ class _Run:
                 self._exact(name)
             wanted = set(sizes) - set(exact)
             for name, hessian in hessians(
-                model, job.finetuned, job.samples.tokens, wanted, job.device, self._tell
+                model,
+                job.finetuned,
+                job.samples.tokens,
+                wanted,
+                job.device,
+                self._tell,
+                job.options.method.repeats,
             ):
                 self._matrix(name, hessian)
                 del hessian  # a layer's last one would live on while the next layer runs

@@ -91,12 +91,13 @@ def compress(
     method: Annotated[
         str,
         typer.Option(
-            help="prinmix, prinmix-paper (Algorithm 1 of the paper), or a baseline: see the README."
+            help="prinmix, prinmix-paper (Algorithm 1 of the paper), or a baseline: delta-come, bitdelta, "
+            "low-rank, gptq, deltazip, gpt-zip."
         ),
     ] = "prinmix",
     bits: Annotated[
         str | None,
-        typer.Option(help="Candidate bit-widths; default: the method's."),
+        typer.Option(help="Candidate bit-widths; gptq, deltazip: the one width. Default: the method's."),
     ] = None,
     max_active_bits: Annotated[
         int | None,
@@ -119,6 +120,16 @@ def compress(
     without: Annotated[
         list[str] | None, typer.Option(help="A step of the method that is left out; may be repeated.")
     ] = None,
+    scale: Annotated[
+        str | None, typer.Option(help="bitdelta: mean (of |dW|) or fitted (to the calibration data).")
+    ] = None,
+    clipping: Annotated[
+        bool, typer.Option("--clipping", help="gptq: the best of several grids per row, not only min-max.")
+    ] = False,
+    delta_come_quirk: Annotated[
+        bool,
+        typer.Option("--delta-come-quirk", help="delta-come: calibrate as its published program does."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the choice of samples and windows.")] = 0,
     device: Annotated[str, typer.Option(help="auto: cuda where there is one, else cpu.")] = "auto",
     overwrite: Annotated[
@@ -137,6 +148,9 @@ def compress(
         max_active_bits=max_active_bits,
         rank_penalty=rank_penalty,
         solver=solver,
+        scale=scale,
+        clipping=clipping or None,
+        delta_come_quirk=delta_come_quirk or None,
         **registry.without(method, without or []),
     )
     if ratio is None and not chosen.has_own_size:

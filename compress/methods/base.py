@@ -30,7 +30,16 @@ class Method(ABC):
     name: ClassVar[str]  # of --method
     summary: ClassVar[str]  # one line for people
     steps: ClassVar[tuple[str, ...]] = ()  # fields that `--without` switches off
-    has_own_size: ClassVar[bool] = False  # its size follows from its options: no ratio is needed
+
+    @property
+    def has_own_size(self) -> bool:
+        """Whether its size follows from its options: no ratio is needed."""
+        return False
+
+    @property
+    def repeats(self) -> int:
+        """How many of `Hessian.repeated` it needs; see `metrics.hessians`."""
+        return 0
 
     @abstractmethod
     def compress(

@@ -6,11 +6,19 @@ from dataclasses import fields
 from typing import Any
 
 from vllm_prinmix.compress.methods.base import Method
+from vllm_prinmix.compress.methods.bitdelta import BitDelta
+from vllm_prinmix.compress.methods.delta_come import DeltaCome
+from vllm_prinmix.compress.methods.deltazip import DeltaZip
+from vllm_prinmix.compress.methods.gpt_zip import GptZip
+from vllm_prinmix.compress.methods.gptq import Gptq
+from vllm_prinmix.compress.methods.low_rank import LowRank
 from vllm_prinmix.compress.methods.paper import Paper
 from vllm_prinmix.compress.methods.prinmix import PrinMix
 from vllm_prinmix.errors import PrinMixError
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (PrinMix, Paper)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (PrinMix, Paper, DeltaCome, BitDelta, LowRank, Gptq, DeltaZip, GptZip)
+}
 
 
 def make(name: str, **options: Any) -> Method:

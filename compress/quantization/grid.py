@@ -37,6 +37,17 @@ def minmax_grid(vectors: torch.Tensor, bits: torch.Tensor) -> Grid:
     return Grid(scale=scale, zero=(-low / scale).to(torch.float16), bits=bits)
 
 
+def symmetric_grid(vectors: torch.Tensor, bits: torch.Tensor) -> Grid:
+    """The grid of each row of ``vectors`` (float32 [n, length]) with a level at exactly 0, for sparse codes.
+
+    GPTQ's symmetric grid: 2**bits levels as far apart as if they spanned -m to m, m the largest magnitude,
+    the zero point being code 2**(bits - 1). An all-zero vector gets scale 1.
+    """
+    scale = 2 * vectors.abs().amax(dim=1) / (torch.exp2(bits.float()) - 1)
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+    return Grid(scale=scale, zero=torch.exp2(bits.float() - 1).to(torch.float16), bits=bits)
+
+
 def round_to_grid(
     values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: torch.Tensor
 ) -> torch.Tensor:

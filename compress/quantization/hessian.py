@@ -46,6 +46,7 @@ class Hessian:
             warnings.warn("calibration never reached this module: its inputs weigh alike", stacklevel=2)
             matrix = torch.ones_like(diagonal)
         self.matrix = matrix
+        self.repeated: tuple[Hessian, ...] = ()  # the layer run again on its outputs: `metrics.hessians`
 
     @property
     def size(self) -> int:

@@ -128,6 +128,25 @@ BAD: dict[str, tuple[Callable[[Pair, Path], list[object]], str]] = {
 }
 
 
+def test_options_of_the_baselines(make_pair: Callable[..., Pair], prinmix: Run, tmp_path: Path) -> None:
+    pair = make_pair()
+    cases = {
+        "bitdelta": (["--scale", "fitted"], {"scale": "fitted"}, None),
+        "gptq": (["--bits", "2", "--clipping"], {"bits": [2], "clipping": True}, None),
+        "delta-come": (["--delta-come-quirk"], {"delta_come_quirk": True}, 1 / 16),
+    }
+    for name, (flags, options, ratio) in cases.items():
+        arguments = compress_arguments(pair, tmp_path / name)[:-3]
+        code, _, error = prinmix(*arguments, name, *flags)
+        assert code == 0, error
+        settings = json.loads((tmp_path / name / "prinmix_config.json").read_text())["settings"]
+        assert (settings["options"], settings["ratio"]) == (options, ratio)
+    code, _, error = prinmix(*arguments, "gpt-zip", "--clipping")
+    assert code == 1
+    assert "no such option" in error
+    assert "--clipping" in error
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_errors_are_one_message_and_exit_code_1(
     make_pair: Callable[..., Pair], prinmix: Run, tmp_path: Path, case: str

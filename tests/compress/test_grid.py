@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_prinmix.compress.quantization.grid import dequantize, minmax_grid, quantize
+from vllm_prinmix.compress.quantization.grid import dequantize, minmax_grid, quantize, symmetric_grid
 
 
 def bits_of(*bits: int) -> torch.Tensor:
@@ -61,3 +61,17 @@ def test_any_vector_has_a_finite_grid(values: list[float], bits: int) -> None:
     assert 0 <= float(grid.zero) <= 2**bits - 1
     decoded = dequantize(quantize(vectors, grid), grid)
     assert ((decoded - vectors).abs() <= 0.57 * grid.scale).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_symmetric_grid_has_a_level_at_zero(bits: int) -> None:
+    vectors = torch.randn(20, 300, generator=torch.Generator().manual_seed(bits))
+    vectors[0] = 0
+    grid = symmetric_grid(vectors, bits_of(bits).expand(20))
+    assert (grid.zero == 2 ** (bits - 1)).all()
+    spread = 2 * vectors.abs().amax(1) / (2**bits - 1)
+    assert torch.allclose(grid.scale[1:], spread[1:])
+    assert grid.scale[0] == 1
+    decoded = dequantize(quantize(vectors, grid), grid)
+    assert not decoded[0].any()
+    assert not decoded[vectors.abs() < 0.49 * grid.scale[:, None]].any()
