@@ -88,7 +88,7 @@ def test_medians_and_extremes() -> None:
 
 
 def test_more_bytes_less_error_in_the_tables() -> None:
-    solve = [allocation.Tables(96, 96, 0.6, 0).solver("pairs", Fraction(1, n))("exact") for n in (32, 16, 8)]
+    solve = [allocation.Tables(96, 96, 0.6, 0).solver("eq8", Fraction(1, n))("exact") for n in (32, 16, 8)]
     assert solve[0].error > solve[1].error > solve[2].error
 
 
