@@ -132,25 +132,17 @@ def solve_module(tables: Tables, problem: str, ratio: Fraction) -> dict[str, flo
 
 
 def whole(
-    shape: Shape, problem: str, ratio: Fraction, workers: int, seed: int, console: Console
+    pool: ProcessPoolExecutor, todo: list[Tables], problem: str, ratio: Fraction, console: Console
 ) -> dict[str, Any]:
-    """Wall-clock seconds for all modules, with the making of their tables, and seconds of each."""
-    todo = modules(shape, seed)
-    context = get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        # The workers' start is no part of the allocation.
-        list(
-            pool.map(solve_module, *_arguments(modules(SHAPES["tiny"], seed)[: 2 * workers], problem, ratio))
-        )
-        start = time.perf_counter()
-        found: Iterator[dict[str, float]] = pool.map(solve_module, *_arguments(todo, problem, ratio))
-        lines = list(track(found, f"A whole model, {problem}", total=len(todo), console=console))
-        wall = time.perf_counter() - start
+    """Wall-clock seconds for all modules, with the making of their tables, and the solver's of each."""
+    start = time.perf_counter()
+    found: Iterator[dict[str, float]] = pool.map(solve_module, *_arguments(todo, problem, ratio))
+    lines = list(track(found, f"A whole model, {problem}", total=len(todo), console=console))
+    wall = time.perf_counter() - start
     seconds = [line["seconds"] for line in lines]
     return {
         "problem": problem,
         "modules": len(todo),
-        "workers": workers,
         "wall_seconds": wall,
         "solver_seconds": sum(seconds),
         "median_seconds": float(np.median(seconds)),
@@ -183,9 +175,13 @@ def main(
         for problem in PROBLEMS:
             for solver in ("exact", "scip"):
                 timed(Tables(128, 128, 0.6, seed).solver(problem, part), solver)
-        todo = compare(counts, powers, part, scip_pairs, seed)
-        lines = [measure() for measure in track(todo, "Side by side", console=console)]
-        totals = [whole(SHAPES[shape], problem, part, workers, seed, console) for problem in PROBLEMS]
+        measures = compare(counts, powers, part, scip_pairs, seed)
+        lines = [measure() for measure in track(measures, "Side by side", console=console)]
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            # The workers' start is no part of the time.
+            list(pool.map(solve_module, *_arguments(modules(SHAPES["tiny"], seed), PROBLEMS[0], part)))
+            todo = modules(SHAPES[shape], seed)
+            totals = [whole(pool, todo, problem, part, console) for problem in PROBLEMS]
     except PrinMixError as error:
         Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
@@ -196,7 +192,7 @@ def main(
         "seed": seed,
         "tables": {"distortion": DISTORTION, "noise": NOISE},
         "compared": lines,
-        "model": {"shape": shape, "decays": DECAYS, "methods": totals},
+        "model": {"shape": shape, "processes": workers, "decays": DECAYS, "methods": totals},
     }
     write_file(out / "allocation.json", json.dumps(results, indent=1).encode() + b"\n")
     text = markdown(results)

@@ -54,7 +54,7 @@ def markdown(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {model['shape']}, {NAMES[x['problem']]} | {x['modules']} | {x['workers']} "
+        f"| {model['shape']}, {NAMES[x['problem']]} | {x['modules']} | {model['processes']} "
         f"| {x['wall_seconds']:.1f} | {x['solver_seconds']:.1f} | {x['median_seconds']:.3f} "
         f"| {x['largest_seconds']:.2f} | {x['largest_gap']:.0e} |"
         for x in model["methods"]

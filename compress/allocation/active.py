@@ -111,7 +111,7 @@ class _Sets:
         allowed_to_go = self._counts.copy()
         allowed_to_go[0] = False
         while allowed.sum() > self._size:
-            _, losses = self._look(allowed)
+            _, losses, _ = self._look(allowed)
             allowed[np.where(allowed & allowed_to_go, losses, np.inf).argmin()] = False
         return np.flatnonzero(allowed)
 
@@ -121,17 +121,17 @@ class _Sets:
         Of more columns than a set may have the smaller sets follow, unless they are `settled`.
         """
         allowed = np.ones(self._columns, dtype=bool)
-        # Sets between ``kept`` and ``allowed``, with the sum and the losses of ``allowed``.
+        # Sets between ``kept`` and ``allowed``, with what `_look` says of ``allowed``.
         todo = [(allowed, ~self._counts, *self._look(allowed))]
         for _ in range(MAX_NODES):
             if not todo:
                 return
-            allowed, kept, value, losses = todo.pop()
+            allowed, kept, value, losses, needed = todo.pop()
             bound = self._bound(allowed, kept, value, losses)
             if bound >= self.limit:
                 continue
             last = allowed.sum() <= self._size
-            used = allowed if last else allowed & ((losses > 0) | ~self._counts)
+            used = allowed if last else needed | ~self._counts
             if used.sum() <= self._size:
                 self.settled = last
                 yield value, np.flatnonzero(allowed), np.flatnonzero(used)
@@ -142,26 +142,25 @@ class _Sets:
             without[column], with_it[column] = False, True
             todo.append((without, kept, *self._look(without)))
             if with_it.sum() < self._size:
-                todo.append((allowed, with_it, value, losses))
+                todo.append((allowed, with_it, value, losses, needed))
             else:
                 todo.append((with_it, with_it, *self._look(with_it)))
-        self.unseen = min((self._bound(*node) for node in todo), default=np.inf)
+        self.unseen = min((self._bound(*node[:4]) for node in todo), default=np.inf)
 
     def _bound(self, allowed: np.ndarray, kept: np.ndarray, value: float, losses: np.ndarray) -> float:
         surplus = int(allowed.sum()) - self._size
         return value + float(np.sort(losses[allowed & ~kept])[: max(surplus, 0)].sum())
 
-    def _look(self, allowed: np.ndarray) -> tuple[float, np.ndarray]:
-        """The sum of the minima over ``allowed``, and by how much it rises without each of its columns."""
+    def _look(self, allowed: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        """The sum of the minima over ``allowed``, by how much it rises without each column, those needed."""
         columns = np.flatnonzero(allowed)
-        losses = np.full(self._columns, np.inf)
         part = self._penalised[:, columns]
-        if len(columns) == 1:
-            return self._constant + float(part.sum()), losses
-        two = np.argpartition(part, 1, axis=1)[:, :2]
-        values = np.take_along_axis(part, two, axis=1)
-        first = np.where(values[:, 0] <= values[:, 1], two[:, 0], two[:, 1])
-        losses[columns] = np.bincount(
-            first, weights=np.abs(values[:, 0] - values[:, 1]), minlength=len(columns)
-        )
-        return self._constant + float(values.min(axis=1).sum()), losses
+        first = part.argmin(axis=1)
+        least = part[np.arange(len(part)), first]
+        losses, needed = np.full(self._columns, np.inf), np.zeros(self._columns, dtype=bool)
+        needed[columns[first]] = True
+        if len(columns) > 1:
+            part[np.arange(len(part)), first] = np.inf
+            rises = part.min(axis=1) - least
+            losses[columns] = np.bincount(first, weights=rises, minlength=len(columns))
+        return self._constant + float(least.sum()), losses, needed

@@ -15,9 +15,9 @@ import numpy as np
 
 # Sums of n float64 terms are equal where they differ by less, relatively.
 EPSILON = 1e-12
-# Partial solutions kept in all, 9 bytes each. Real tables need a few thousand; where this is not enough, the
+# Partial solutions kept in all, 16 bytes each. Real tables need up to a million; where that is too few, the
 # best solution found is returned with its bound.
-MAX_STATES = 1 << 24
+MAX_STATES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -140,19 +140,20 @@ class _Changes:
         order = np.lexsort((regret, row, first))
         self.row, self.column, self.regret = row[order], column[order], regret[order]
         self.cost = costs[self.row, self.column]
-        # The least regret per unit of cost, added or saved, among a change and all after it.
+        # The least regret per unit of cost, added or saved, of a change and all after it. Costs are whole
+        # units, so that where there is none `room` is as good as infinite.
         per_unit = self.regret / np.abs(self.cost)
-        for name, mine in (("up", self.cost > 0), ("down", self.cost < 0)):
-            ratio = np.where(mine, per_unit, room)  # costs are whole units: as good as infinite
-            setattr(self, name, np.minimum.accumulate(ratio[::-1])[::-1])
-
-    up: np.ndarray
-    down: np.ndarray
+        self.up = _least_to_come(np.where(self.cost > 0, per_unit, room))
+        self.down = _least_to_come(np.where(self.cost < 0, per_unit, room))
 
     def steps(self) -> list[tuple[int, int]]:
         """First and last + 1 of each row's changes."""
         ends = [*(np.flatnonzero(np.diff(self.row)) + 1).tolist(), len(self.row)]
         return list(pairwise([0, *ends])) if len(self.row) else []
+
+
+def _least_to_come(values: np.ndarray) -> np.ndarray:
+    return np.minimum.accumulate(values[::-1])[::-1]
 
 
 def total(errors: np.ndarray, choice: np.ndarray) -> float:

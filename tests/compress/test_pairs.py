@@ -166,3 +166,18 @@ def test_a_rank_penalty_saves_directions_and_keeps_its_promise() -> None:
         assert plain.error <= found.error <= plain.error * (1 + penalty * (1 - kept / directions) + 1e-9)
         before = kept
     assert before < 0.8 * directions
+
+
+def test_all_kinds_of_tables_are_proved() -> None:
+    """Shapes, spectra, noise (0: many ties), budgets and limits at random."""
+    random = np.random.default_rng(5)
+    for _ in range(60):
+        rows, cols = (int(2 ** random.uniform(5, 9)) for _ in range(2))
+        energy = (1 + np.arange(min(rows, cols)) / 4) ** -random.uniform(0.2, 4)
+        scale = energy[:, None] * np.array([DISTORTION[b] for b in BITS])
+        noise = random.choice([0, 0.02, 0.2, 0.6])
+        v, u = (scale * random.lognormal(0, noise, scale.shape) for _ in range(2))
+        limit = int(2 * rows * cols / random.uniform(4, 140))
+        pairs, found = choose_pairs(v, u, energy, BITS, rows, cols, limit, int(random.integers(1, 7)))
+        assert found.gap == 0
+        assert sum(cost(pair, rows, cols) for pair in pairs) <= limit
