@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from vllm_prinmix import __version__
 from vllm_prinmix.compress import account, calibration
+from vllm_prinmix.compress.lora import MergedLora, open_finetuned
 from vllm_prinmix.compress.methods.base import Method, check_at_least_one
 from vllm_prinmix.compress.model import Kind, build_model, expected_tensors, read_architecture
 from vllm_prinmix.compress.partial import check_out
@@ -39,6 +40,7 @@ class Options:
     seed: int = 0
     device: str = "auto"
     overwrite: bool = False
+    lora: bool = False  # ``finetuned`` is a PEFT LoRA adapter of the base
 
 
 @dataclass
@@ -88,7 +90,10 @@ def prepare(options: Options, console: Console) -> Job:
     """Open and check everything; raises PrinMixError for bad input of every kind."""
     _check_options(options)
     device = pick_device(options.device)
-    base, finetuned = Checkpoint(options.base), Checkpoint(options.finetuned)
+    base = Checkpoint(options.base)
+    finetuned = open_finetuned(options.finetuned, base, options.lora)
+    if isinstance(finetuned, MergedLora):
+        console.print(f"a LoRA adapter, by its config of {finetuned.lora.base or 'no base'}", markup=False)
     base_config, config = read_architecture(base), read_architecture(finetuned)
     account.check_settings(base_config, config, finetuned.folder)
     model = build_model(config)
@@ -134,7 +139,8 @@ def _check_options(options: Options) -> None:
             expected="a .txt file (one sample a line), a .jsonl file (field `text`) or a dataset",
             fix="give --calibration FILE with texts as the fine-tune's users write them",
         )
-    inputs = {"--base": options.base, "--finetuned": options.finetuned, "--calibration": options.calibration}
+    flag = "--from-lora" if options.lora else "--finetuned"
+    inputs = {"--base": options.base, flag: options.finetuned, "--calibration": options.calibration}
     check_out(options.out, options.overwrite, CONFIG_FILE, inputs)
     for name, ratio in (("--ratio", options.ratio), ("--embedding-ratio", options.embedding_ratio)):
         if ratio is not None and not 0 < ratio <= 1:

@@ -98,8 +98,7 @@ class _Run:
         """Compress one matrix and keep the result; nothing is stored where the change is zero."""
         self._tell(name.removeprefix("model.").removesuffix(".weight"))
         job = self.job
-        dw = job.finetuned.load(name, torch.float32).to(job.device)
-        dw.sub_(job.base.load(name).to(job.device))
+        dw = job.finetuned.difference(job.base, name).to(job.device)
         if dw.any():
             limit, method = job.limit(name), job.method(name)
             transposed = name == EMBEDDING and not is_tied(job.model)

@@ -12,6 +12,7 @@ from rich.table import Column, Table
 
 from vllm_prinmix.compress.account import check_settings, check_tensors
 from vllm_prinmix.compress.calibration import draw, load_tokenizer
+from vllm_prinmix.compress.lora import open_finetuned
 from vllm_prinmix.compress.measure import activation_error, relative_size, weight_error
 from vllm_prinmix.compress.merge import check_base
 from vllm_prinmix.compress.metrics import hessians
@@ -31,9 +32,16 @@ Entry = dict[str, Any]
 
 
 def verify(
-    folder: Path, base_source: str, finetuned_source: str | None, calibration: str | None, console: Console
+    folder: Path,
+    base_source: str,
+    finetuned_source: str | None,
+    calibration: str | None,
+    console: Console,
+    lora: bool = False,
 ) -> list[Entry]:
     """Check a delta against its base, and against the fine-tune and its calibration where they are given.
+
+    ``lora``: the fine-tune is a PEFT LoRA adapter.
 
     Returns one entry per stored tensor: ``name``, ``change`` (||dW^||_F / ||W_base||_F); with a fine-tune
     ``weight_error`` (||dW - dW^||_F^2 / ||dW||_F^2, 0 for an exact tensor); with calibration too ``error``
@@ -44,7 +52,9 @@ def verify(
     """
     if calibration is not None and finetuned_source is None:
         raise PrinMixError(
-            "calibration runs on the fine-tune", where="--calibration", fix="give --finetuned too"
+            "calibration runs on the fine-tune",
+            where="--calibration",
+            fix="give --finetuned or --from-lora too",
         )
     delta = read_delta(folder)
     base = Checkpoint(base_source)
@@ -52,7 +62,7 @@ def verify(
     check_base(base, delta, console)
     if sample_digest(base) != delta.config.base.sample_digest:
         raise PrinMixError("the recorded sample digest is not the base's", where=folder, fix="compress again")
-    finetuned = None if finetuned_source is None else Checkpoint(finetuned_source)
+    finetuned = None if finetuned_source is None else open_finetuned(finetuned_source, base, lora)
     model = None if finetuned is None else _check_finetuned(finetuned, base)
     entries: dict[str, Entry] = {}
     with progress_bar(console) as progress:
@@ -98,7 +108,7 @@ def _check_tensor(delta: Delta, base: Checkpoint, finetuned: Checkpoint | None, 
         raise _wrong(delta, name, "decodes to NaN or infinite values")
     entry = {"name": name, "change": relative_size(change, weight)}
     if finetuned is not None:
-        entry["weight_error"] = weight_error(finetuned.load(name, torch.float32).sub_(weight), change)
+        entry["weight_error"] = weight_error(finetuned.difference(base, name), change)
         _compare(delta, name, spec.report.get("weight_error"), entry["weight_error"])
     return entry
 
@@ -137,7 +147,7 @@ def _check_errors(
         for name, hessian in hessians(model, finetuned, samples.tokens, wanted, torch.device("cpu")):
             spec = modules[name]
             assert not isinstance(spec, Exact)
-            dw = finetuned.load(name, torch.float32).sub_(base.load(name))
+            dw = finetuned.difference(base, name)
             decoded = decode(spec, delta.tensors[name]).dense()
             if name == EMBEDDING and not is_tied(model):
                 dw, decoded = dw.T, decoded.T

@@ -26,6 +26,9 @@ app = typer.Typer(
 BaseOption = Annotated[
     str, typer.Option("--base", help="The base model: a checkpoint folder or a cached hub id.")
 ]
+LoraOption = Annotated[
+    str | None, typer.Option(help="In place of --finetuned: a PEFT LoRA adapter of the base.")
+]
 DeltaArgument = Annotated[Path, typer.Argument(help="A delta folder.")]
 
 
@@ -69,10 +72,11 @@ def _options(
 @app.command()
 def compress(
     base: BaseOption,
-    finetuned: Annotated[
-        str, typer.Option(help="The fine-tuned model: a checkpoint folder or a cached hub id.")
-    ],
     out: Annotated[Path, typer.Option(help="The delta folder to make.")],
+    finetuned: Annotated[
+        str | None, typer.Option(help="The fine-tuned model: a checkpoint folder or a cached hub id.")
+    ] = None,
+    from_lora: LoraOption = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -135,7 +139,8 @@ def compress(
         ratio = "1/16"
     options = Options(
         base=base,
-        finetuned=finetuned,
+        finetuned=_one_source(finetuned, from_lora),
+        lora=from_lora is not None,
         out=out,
         calibration=calibration,
         method=chosen,
@@ -177,15 +182,19 @@ def verify(
     delta: DeltaArgument,
     base: BaseOption,
     finetuned: Annotated[str | None, typer.Option(help="Measure the errors against it again.")] = None,
+    from_lora: LoraOption = None,
     calibration: Annotated[
-        str | None, typer.Option(help="With --finetuned: measure the errors on its inputs too.")
+        str | None, typer.Option(help="With one of these: measure the errors on its inputs too.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Check all bytes of a delta and its base, decode every tensor, measure errors again."""
     from vllm_prinmix.compress import verify as module
 
-    entries = module.verify(delta, base, finetuned, calibration, Console(stderr=True))
+    source = _one_source(finetuned, from_lora) if finetuned or from_lora else None
+    entries = module.verify(
+        delta, base, source, calibration, Console(stderr=True), lora=from_lora is not None
+    )
     if as_json:
         typer.echo(json.dumps(entries, indent=1))
     else:
@@ -212,6 +221,18 @@ def merge(
     from vllm_prinmix.compress.merge import merge as run
 
     run(base, delta, out, dtype, overwrite, Console(stderr=True))
+
+
+def _one_source(finetuned: str | None, from_lora: str | None) -> str:
+    """The fine-tune, given in one of two ways."""
+    if (finetuned is None) == (from_lora is None):
+        raise PrinMixError(
+            "the fine-tune is needed, once",
+            where="--finetuned, --from-lora",
+            found="neither" if finetuned is None else "both",
+            expected="--finetuned CHECKPOINT, or --from-lora ADAPTER",
+        )
+    return finetuned or from_lora or ""
 
 
 def _fraction(option: str, text: str) -> Fraction:
