@@ -31,7 +31,7 @@ class Options:
     base: str
     finetuned: str
     out: Path
-    calibration: str | None
+    calibration: str | None  # calibration.NONE: without data
     method: Method
     ratio: Fraction | None = Fraction(1, 16)  # None only where the method has its own size
     embedding_ratio: Fraction = Fraction(1, 4)
@@ -53,7 +53,7 @@ class Job:
     model: Any  # transformers' model, on the meta device
     kinds: dict[str, Kind]  # of every tensor, in the model's order
     shapes: dict[str, tuple[int, ...]]
-    samples: calibration.Samples
+    samples: calibration.Samples | None  # None: without data
     device: torch.device
     same_bytes: set[str]  # tensors that are bit-identical in both checkpoints
     base_digest: str
@@ -77,7 +77,7 @@ class Job:
             "tool": __version__,
             "base": self.base_digest,
             "finetuned": self.finetuned_digest,
-            "calibration": self.samples.sha256,
+            "calibration": None if self.samples is None else self.samples.sha256,
             "method": self.options.method.name,
             **{name.replace("_", "-"): value for name, value in self.options.method.options().items()},
             "ratio": str(self.options.ratio),
@@ -100,7 +100,9 @@ def prepare(options: Options, console: Console) -> Job:
     expected = expected_tensors(model)
     for checkpoint in (base, finetuned):
         account.check_tensors(checkpoint, expected)
-    samples = _draw_samples(options, finetuned, base, config.vocab_size, console)
+    samples = None
+    if options.calibration != calibration.NONE:
+        samples = _draw_samples(options, finetuned, base, config.vocab_size, console)
     digests = _read_all([base, finetuned], console)
     same = {
         name
@@ -137,7 +139,8 @@ def _check_options(options: Options) -> None:
             "calibration text is required: the compression is fitted to what the model reads",
             where="--calibration",
             expected="a .txt file (one sample a line), a .jsonl file (field `text`) or a dataset",
-            fix="give --calibration FILE with texts as the fine-tune's users write them",
+            fix="give --calibration FILE with texts as the fine-tune's users write them; without any, "
+            f"--calibration {calibration.NONE} at a loss of quality",
         )
     flag = "--from-lora" if options.lora else "--finetuned"
     inputs = {"--base": options.base, flag: options.finetuned, "--calibration": options.calibration}

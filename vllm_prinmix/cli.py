@@ -223,6 +223,47 @@ def merge(
     run(base, delta, out, dtype, overwrite, Console(stderr=True))
 
 
+@app.command()
+def report(
+    delta: DeltaArgument,
+    html: Annotated[Path | None, typer.Option(help="Write a page with charts to this file.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="With the next two: the terms of Eq. 5 (the paper's Figure 2) of one module."),
+    ] = None,
+    finetuned: Annotated[str | None, typer.Option(help="The fine-tuned model.")] = None,
+    from_lora: LoraOption = None,
+    calibration: Annotated[str | None, typer.Option(help="Calibration texts, or none.")] = None,
+    module: Annotated[
+        str | None, typer.Option(help="Of Eq. 5's terms; default: q_proj of the last layer.")
+    ] = None,
+) -> None:
+    """Show what a delta spends its bytes on: bits by layer and type, errors, singular values."""
+    from vllm_prinmix.compress import report as module_
+
+    console = Console(stderr=True)
+    collected = module_.collect(delta, console)
+    given = {"--base": base, "--finetuned": finetuned or from_lora, "--calibration": calibration}
+    if any(given.values()) or module is not None:
+        if missing := [option for option, value in given.items() if value is None]:
+            raise PrinMixError(
+                "Eq. 5's terms need the two models and data", where="report", found=f"no {', '.join(missing)}"
+            )
+        from vllm_prinmix.compress.report_terms import terms
+
+        source = _one_source(finetuned, from_lora)
+        collected["terms"] = terms(
+            delta, base or "", source, calibration or "", module, console, lora=from_lora is not None
+        )
+    if html is None:
+        module_.show(collected, Console())
+        return
+    from vllm_prinmix.compress.report_page import page
+
+    html.write_text(page(collected), encoding="utf-8")
+    typer.echo(f"{html}: written")
+
+
 def _one_source(finetuned: str | None, from_lora: str | None) -> str:
     """The fine-tune, given in one of two ways."""
     if (finetuned is None) == (from_lora is None):
