@@ -88,11 +88,11 @@ def lines(
     log_x: bool = False,
     log_y: bool = False,
     dots: bool = False,
-    zero: bool = False,
+    y_span: Sequence[float] = (),
 ) -> str:
-    """Curves, or with ``dots`` points that a thin line joins; ``zero``: the y axis includes it."""
+    """Curves, or with ``dots`` points that a thin line joins; the y axis reaches over ``y_span`` too."""
     x = Axis([p[0] for s in series for p in s.points], LEFT, WIDTH - RIGHT, log_x)
-    y = Axis([p[1] for s in series for p in s.points], HEIGHT - BOTTOM, TOP, log_y, zero)
+    y = Axis([*y_span, *(p[1] for s in series for p in s.points)], HEIGHT - BOTTOM, TOP, log_y)
     body = [_grid(x, y, x_label, whole=dots)]
     for s in series:
         places = [(x(a), y(b), a, b) for a, b in s.points if x.shows(a) and y.shows(b)]

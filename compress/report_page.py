@@ -13,12 +13,12 @@ from vllm_prinmix.compress.report_charts import Series, lines, number, stacks
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --ink: #1a1a19; --soft: #5f5e5a;
-  --rule: #e3e2dd; --a: #2a78d6; --b: #d9601f; --w1: #d3e4f8; --w2: #b3d0f2; --w3: #8fbaec; --w4: #679fe2;
-  --w5: #3f83d3; --w6: #2767b4; --w7: #194c8b; --w8: #0c3161; }
+  --rule: #e3e2dd; --a: #2a78d6; --b: #d9601f; --w1: #a9c9f0; --w2: #8ab5e9; --w3: #6ba0e0; --w4: #4d8bd6;
+  --w5: #3375c4; --w6: #225ea6; --w7: #174680; --w8: #0c2c57; }
 @media (prefers-color-scheme: dark) { :root {
   --page: #161615; --card: #1f1f1e; --ink: #f1f0ec; --soft: #a9a8a1;
-  --rule: #383835; --a: #5598e7; --b: #ef8245; --w1: #173350; --w2: #1d446d; --w3: #24578d; --w4: #2f6fb3;
-  --w5: #4a8ad0; --w6: #74a8e1; --w7: #a3c6ee; --w8: #d6e6f9; } }
+  --rule: #383835; --a: #5598e7; --b: #ef8245; --w1: #2a4d75; --w2: #315d90; --w3: #3a6fac; --w4: #4a84c8;
+  --w5: #6499d8; --w6: #86b1e4; --w7: #acc9ee; --w8: #d6e6f9; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 1400px; margin: 0 auto; padding: 1rem; }
@@ -139,9 +139,11 @@ def _errors(report: dict[str, Any]) -> str:
     if not kinds:
         return ""
 
+    span = [m[f] for _, f, _ in kinds for m in report["modules"] if m["layer"] is not None and m[f]]
+
     def chart(kind: str, modules: list[dict[str, Any]]) -> str:
         series = [Series(c, t, [(m["layer"], m[f]) for m in modules if m[f]]) for c, f, t in kinds]
-        return lines(series, f"{kind}: errors by layer", "layer", log_y=True, dots=True)
+        return lines(series, f"{kind}: errors by layer", "layer", log_y=True, dots=True, y_span=span)
 
     inputs = (
         "the calibration inputs X" if report["delta"]["calibration"] else "inputs X as assumed without data"
@@ -182,14 +184,18 @@ def _spectra(report: dict[str, Any]) -> str:
 
 
 def _tau(report: dict[str, Any]) -> str:
-    if not any(m["kendall_tau"] is not None for m in report["modules"] if m["layer"] is not None):
+    span = [m["kendall_tau"] for m in report["modules"] if m["layer"] is not None]
+    span = [tau for tau in span if tau is not None]
+    if not span:
         return ""
 
     def chart(kind: str, modules: list[dict[str, Any]]) -> str:
         points = [(m["layer"], m["kendall_tau"]) for m in modules if m["kendall_tau"] is not None]
         if not points:
             return ""
-        return lines([Series("a", "τ", points)], f"{kind}: τ by layer", "layer", dots=True)
+        return lines(
+            [Series("a", "τ", points)], f"{kind}: τ by layer", "layer", dots=True, y_span=[*span, 1.0]
+        )
 
     text = (
         "Kendall's τ of a direction's bits and its singular value, over pairs of directions with different "
@@ -207,8 +213,8 @@ def _terms(report: dict[str, Any]) -> str:
     difference = lines(series, "difference term", "direction", log_y=True)
     key = _key((f"w{w}", f"{w} bits") for w in found["difference"])
     text = (
-        f"{found['module']}: quantizing row i of V to some bits costs S_i² (the scaling term) times dv_i X Xᵀ "
-        "dv_iᵀ (the difference term). Widths that differ between directions keep the sum of these small."
+        f"{found['module']}: quantizing row i of V to some bits costs S_i² (the scaling term) times "
+        "dv_i X Xᵀ dv_iᵀ (the difference term). Widths that differ keep the sum of these small."
     )
     return (
         f'<h2>Scaling and difference</h2><p>{escape(text)}</p>{key}<div class="grid-of">'
