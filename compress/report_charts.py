@@ -145,7 +145,7 @@ def _grid(x: Axis, y: Axis, x_label: str, whole: bool, place: Callable[[float], 
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text x="{LEFT - 5}" y="{at + 3.5:.1f}" text-anchor="end">{number(value)}</text>')
     for value in x.ticks():
-        if whole and value != round(value):
+        if whole and abs(value - round(value)) > 1e-6:
             continue
         parts.append(
             f'<text x="{place(value):.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">'

@@ -81,7 +81,8 @@ def compress(
         str | None,
         typer.Option(
             help="Required. Texts as the fine-tune's users write them: .txt (one sample a line), .jsonl "
-            "(field `text`), a folder of these, or a Hugging Face dataset."
+            "(field `text`), a folder of these, or a Hugging Face dataset. none: without data, at a loss of "
+            "quality."
         ),
     ] = None,
     ratio: Annotated[

@@ -108,6 +108,23 @@ def test_compress_and_verify_a_lora_adapter(
     assert "all is well, 14 tensors" in out
 
 
+def test_report(make_pair: Callable[..., Pair], prinmix: Run, tmp_path: Path) -> None:
+    pair, delta, html = make_pair(), tmp_path / "delta", tmp_path / "report.html"
+    models = ["--base", pair.base, "--finetuned", pair.finetuned]
+    assert prinmix("compress", *models, "--out", delta, "--calibration", "none")[0] == 0
+    code, out, _ = prinmix("report", delta)
+    assert code == 0
+    assert "scales and zero points" in out
+    assert "down_proj" in out
+    terms = [*models, "--calibration", pair.calibration, "--module", "layers.0.mlp.up_proj"]
+    code, out, _ = prinmix("report", delta, "--html", html, *terms)
+    assert code == 0
+    assert "Scaling and difference" in html.read_text()
+    code, _, err = prinmix("report", delta, "--base", pair.base, "--calibration", "none")
+    assert code == 1
+    assert "Eq. 5's terms need the two models and data [report]; found: no --finetuned" in err
+
+
 BAD: dict[str, tuple[Callable[[Pair, Path], list[object]], str]] = {
     "no calibration": (
         lambda p, d: [a for a in compress_arguments(p, d) if a not in ("--calibration", p.calibration)],
