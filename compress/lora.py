@@ -49,7 +49,8 @@ class _Tensors(Checkpoint):
     """A reader of tensors wherever they lie, with the config and folder that are given."""
 
     def __init__(self, folder: Path, config: dict[str, Any], tensors: dict[str, StoredTensor]) -> None:
-        self.folder, self.config, self.tensors = folder, config, tensors
+        self.folder = self.config_folder = folder
+        self.config, self.tensors = config, tensors
 
 
 class MergedLora(Checkpoint):

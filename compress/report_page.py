@@ -48,6 +48,7 @@ svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
 i.a { background: var(--a); } i.b { background: var(--b); }
 .parts div { display: grid; grid-template-columns: minmax(9rem, 15rem) 1fr; gap: .2rem .8rem;
   align-items: center; margin: .3rem 0; font-size: .9rem; }
+@media (max-width: 600px) { .parts div { grid-template-columns: 1fr; gap: 0; } }
 .parts span span { display: inline-block; height: .9em; min-width: 2px; background: var(--a);
   border-radius: 2px; margin-right: .5em; vertical-align: -.1em; }
 .scroll { overflow-x: auto; }
