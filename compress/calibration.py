@@ -21,6 +21,7 @@ from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format.checkpoint import Checkpoint
 
 SUFFIXES = (".txt", ".jsonl")
+NONE = "none"  # of --calibration: without data
 
 
 @dataclass(frozen=True)

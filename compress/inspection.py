@@ -87,9 +87,12 @@ def show(description: dict[str, Any], console: Console) -> None:
             f"of {calibration['source']}, seed {calibration['seed']}",
             markup=False,
         )
+    else:
+        console.print("made without calibration data")
     console.print(f"base content digest {base['content_digest']}", soft_wrap=True)
     console.print(_table(description["modules"]))
-    console.print("error: ||dW X - dW^ X||^2 / ||dW X||^2 on the calibration inputs X", highlight=False)
+    inputs = "on the calibration inputs X" if calibration else "with H = X X^T of `--calibration none`"
+    console.print(f"error: ||dW X - dW^ X||^2 / ||dW X||^2 {inputs}", highlight=False)
     for name, text in (
         ("linear", "linear layers"),
         ("embedding", "embedding, lm_head"),

@@ -1,4 +1,4 @@
-"""The metric H of every matrix of a model, from calibration, in the order of a forward pass."""
+"""The metric H of every matrix of a model: from calibration, in a forward pass's order, or without data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vllm_prinmix.compress import stream
-from vllm_prinmix.compress.model import is_tied, layer_prefix
+from vllm_prinmix.compress.model import expected_tensors, is_tied, layer_prefix
 from vllm_prinmix.compress.quantization.hessian import DAMPING, Hessian
 from vllm_prinmix.format.checkpoint import EMBEDDING, HEAD, Checkpoint
 
@@ -67,6 +67,44 @@ def hessians(
     yield (EMBEDDING, tied_hessian(head)) if tied else (HEAD, Hessian(head))
 
 
+def data_free(
+    model: Any, checkpoint: Checkpoint, wanted: set[str], device: torch.device
+) -> Iterator[tuple[str, Hessian]]:
+    """`hessians` without data and forward passes: diagonals from the weights of the norms.
+
+    An RMS norm's outputs are of unit mean square before its weight w, so what reads them (q, k, v; gate, up;
+    lm_head) has H_kk = w_k^2. All other inputs weigh alike: o, down, and the tokens of an embedding.
+    """
+    tied = is_tied(model)
+    for name in expected_tensors(model):
+        if name not in wanted:
+            continue
+        norm = _norm_before(name, tied)
+        if norm is None:
+            weights = torch.ones(_inputs(model, name, tied))
+        else:
+            weights = checkpoint.load(norm, torch.float32).square()
+        weights = weights.to(device)
+        yield name, tied_hessian(weights) if tied and name == EMBEDDING else Hessian(weights)
+
+
+def _norm_before(name: str, tied: bool) -> str | None:
+    """The weight of the norm whose outputs a matrix reads, if it reads one's."""
+    layer, _, module = name.removesuffix(".weight").rpartition(".")
+    if name == HEAD or (tied and name == EMBEDDING):
+        return "model.norm.weight"
+    if module in ("q_proj", "k_proj", "v_proj"):
+        return layer.replace(".self_attn", ".input_layernorm.weight")
+    if module in ("gate_proj", "up_proj"):
+        return layer.replace(".mlp", ".post_attention_layernorm.weight")
+    return None
+
+
+def _inputs(model: Any, name: str, tied: bool) -> int:
+    rows, cols = model.get_parameter(name).shape
+    return rows if name == EMBEDDING and not tied else cols
+
+
 def embedding_hessian(samples: list[torch.Tensor], vocabulary: int, device: torch.device) -> Hessian:
     """The diagonal metric [vocabulary] of dE^T [hidden, vocabulary], whose inputs are one-hot: token counts.
 
@@ -79,7 +117,10 @@ def embedding_hessian(samples: list[torch.Tensor], vocabulary: int, device: torc
 def tied_hessian(head: torch.Tensor) -> Hessian:
     """The metric [hidden, hidden] of an embedding that is lm_head too; both uses count the same.
 
-    ``head`` is X X^T of lm_head's inputs, here scaled to trace 1. The look-up weighs all columns alike.
+    ``head`` is X X^T of lm_head's inputs, or its diagonal, here scaled to trace 1. The look-up weighs all
+    columns alike.
     """
     width = head.shape[0]
+    if head.dim() == 1:
+        return Hessian(head / head.sum() + 1 / width)
     return Hessian(head / head.trace() + torch.eye(width, device=head.device) / width)

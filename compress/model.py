@@ -36,7 +36,7 @@ def read_architecture(checkpoint: Checkpoint) -> Any:
     """The checkpoint's transformers config. Raises PrinMixError for an architecture that is not supported."""
     from transformers import AutoConfig
 
-    where = checkpoint.folder / "config.json"
+    where = checkpoint.config_folder / "config.json"
     found = checkpoint.config.get("architectures") or [
         f"none, model_type {checkpoint.config.get('model_type')}"
     ]
@@ -54,7 +54,7 @@ def read_architecture(checkpoint: Checkpoint) -> Any:
             fix="give the checkpoint that it was quantized from",
         )
     try:
-        return AutoConfig.from_pretrained(checkpoint.folder)
+        return AutoConfig.from_pretrained(checkpoint.config_folder)
     except Exception as error:  # validation of a damaged config raises many kinds
         raise PrinMixError("transformers cannot read the config", where=where, found=error) from error
 

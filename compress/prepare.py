@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from vllm_prinmix import __version__
 from vllm_prinmix.compress import account, calibration
+from vllm_prinmix.compress.lora import MergedLora, open_finetuned
 from vllm_prinmix.compress.methods.base import Method, check_at_least_one
 from vllm_prinmix.compress.model import Kind, build_model, expected_tensors, read_architecture
 from vllm_prinmix.compress.partial import check_out
@@ -30,7 +31,7 @@ class Options:
     base: str
     finetuned: str
     out: Path
-    calibration: str | None
+    calibration: str | None  # calibration.NONE: without data
     method: Method
     ratio: Fraction | None = Fraction(1, 16)  # None only where the method has its own size
     embedding_ratio: Fraction = Fraction(1, 4)
@@ -39,6 +40,7 @@ class Options:
     seed: int = 0
     device: str = "auto"
     overwrite: bool = False
+    lora: bool = False  # ``finetuned`` is a PEFT LoRA adapter of the base
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Job:
     model: Any  # transformers' model, on the meta device
     kinds: dict[str, Kind]  # of every tensor, in the model's order
     shapes: dict[str, tuple[int, ...]]
-    samples: calibration.Samples
+    samples: calibration.Samples | None  # None: without data
     device: torch.device
     same_bytes: set[str]  # tensors that are bit-identical in both checkpoints
     base_digest: str
@@ -75,7 +77,7 @@ class Job:
             "tool": __version__,
             "base": self.base_digest,
             "finetuned": self.finetuned_digest,
-            "calibration": self.samples.sha256,
+            "calibration": None if self.samples is None else self.samples.sha256,
             "method": self.options.method.name,
             **{name.replace("_", "-"): value for name, value in self.options.method.options().items()},
             "ratio": str(self.options.ratio),
@@ -88,14 +90,19 @@ def prepare(options: Options, console: Console) -> Job:
     """Open and check everything; raises PrinMixError for bad input of every kind."""
     _check_options(options)
     device = pick_device(options.device)
-    base, finetuned = Checkpoint(options.base), Checkpoint(options.finetuned)
+    base = Checkpoint(options.base)
+    finetuned = open_finetuned(options.finetuned, base, options.lora)
+    if isinstance(finetuned, MergedLora):
+        console.print(f"a LoRA adapter, by its config of {finetuned.lora.base or 'no base'}", markup=False)
     base_config, config = read_architecture(base), read_architecture(finetuned)
     account.check_settings(base_config, config, finetuned.folder)
     model = build_model(config)
     expected = expected_tensors(model)
     for checkpoint in (base, finetuned):
         account.check_tensors(checkpoint, expected)
-    samples = _draw_samples(options, finetuned, base, config.vocab_size, console)
+    samples = None
+    if options.calibration != calibration.NONE:
+        samples = _draw_samples(options, finetuned, base, config.vocab_size, console)
     digests = _read_all([base, finetuned], console)
     same = {
         name
@@ -132,9 +139,11 @@ def _check_options(options: Options) -> None:
             "calibration text is required: the compression is fitted to what the model reads",
             where="--calibration",
             expected="a .txt file (one sample a line), a .jsonl file (field `text`) or a dataset",
-            fix="give --calibration FILE with texts as the fine-tune's users write them",
+            fix="give --calibration FILE with texts as the fine-tune's users write them; without any, "
+            f"--calibration {calibration.NONE} at a loss of quality",
         )
-    inputs = {"--base": options.base, "--finetuned": options.finetuned, "--calibration": options.calibration}
+    flag = "--from-lora" if options.lora else "--finetuned"
+    inputs = {"--base": options.base, flag: options.finetuned, "--calibration": options.calibration}
     check_out(options.out, options.overwrite, CONFIG_FILE, inputs)
     for name, ratio in (("--ratio", options.ratio), ("--embedding-ratio", options.embedding_ratio)):
         if ratio is not None and not 0 < ratio <= 1:

@@ -14,7 +14,7 @@ from rich.console import Console
 from vllm_prinmix import __version__
 from vllm_prinmix.compress.measure import weight_error
 from vllm_prinmix.compress.memory import trim
-from vllm_prinmix.compress.metrics import hessians
+from vllm_prinmix.compress.metrics import data_free, hessians
 from vllm_prinmix.compress.model import Kind, is_tied
 from vllm_prinmix.compress.partial import Partial, disk_errors
 from vllm_prinmix.compress.prepare import Job, Options, prepare, progress_bar
@@ -76,15 +76,14 @@ class _Run:
             for name in exact:
                 self._exact(name)
             wanted = set(sizes) - set(exact)
-            for name, hessian in hessians(
-                model,
-                job.finetuned,
-                job.samples.tokens,
-                wanted,
-                job.device,
-                self._tell,
-                job.options.method.repeats,
-            ):
+            if job.samples is None:
+                metrics = data_free(model, job.finetuned, wanted, job.device)
+            else:
+                samples = job.samples.tokens
+                metrics = hessians(
+                    model, job.finetuned, samples, wanted, job.device, self._tell, job.options.method.repeats
+                )
+            for name, hessian in metrics:
                 self._matrix(name, hessian)
                 del hessian  # a layer's last one would live on while the next layer runs
                 trim()
@@ -104,8 +103,7 @@ class _Run:
         """Compress one matrix and keep the result; nothing is stored where the change is zero."""
         self._tell(name.removeprefix("model.").removesuffix(".weight"))
         job = self.job
-        dw = job.finetuned.load(name, torch.float32).to(job.device)
-        dw.sub_(job.base.load(name).to(job.device))
+        dw = job.finetuned.difference(job.base, name).to(job.device)
         if dw.any():
             limit, method = job.limit(name), job.method(name)
             transposed = name == EMBEDDING and not is_tied(job.model)
@@ -155,14 +153,7 @@ def _assemble(job: Job, partial: Partial) -> DeltaConfig:
             ratio=None if options.ratio is None else float(options.ratio),
             embedding_ratio=float(options.embedding_ratio),
         ),
-        calibration=Calibration(
-            source=job.samples.source,
-            sha256=job.samples.sha256,
-            samples=len(job.samples.tokens),
-            tokens=job.samples.total,
-            sequence_length=options.sequence_length,
-            seed=options.seed,
-        ),
+        calibration=_calibration(job),
         modules={name: spec for name, (spec, _) in finished.items()},
         unchanged=[name for name in job.kinds if name not in finished],
         weights=Weights(bytes=8, xxh3_128=""),
@@ -170,6 +161,19 @@ def _assemble(job: Job, partial: Partial) -> DeltaConfig:
     config = write_delta(folder, config, {name: tensor for name, (_, tensor) in finished.items()})
     copy(job.finetuned.folder, own(job.finetuned.folder, job.base.folder), folder)
     return config
+
+
+def _calibration(job: Job) -> Calibration | None:
+    if job.samples is None:
+        return None
+    return Calibration(
+        source=job.samples.source,
+        sha256=job.samples.sha256,
+        samples=len(job.samples.tokens),
+        tokens=job.samples.total,
+        sequence_length=job.options.sequence_length,
+        seed=job.options.seed,
+    )
 
 
 def _model_name(source: str) -> str:

@@ -11,18 +11,19 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from vllm_prinmix.compress.account import check_settings, check_tensors
-from vllm_prinmix.compress.calibration import draw, load_tokenizer
+from vllm_prinmix.compress.calibration import NONE, Samples, draw, load_tokenizer
+from vllm_prinmix.compress.lora import open_finetuned
 from vllm_prinmix.compress.measure import activation_error, relative_size, weight_error
 from vllm_prinmix.compress.merge import check_base
-from vllm_prinmix.compress.metrics import hessians
+from vllm_prinmix.compress.metrics import data_free, hessians
 from vllm_prinmix.compress.model import build_model, expected_tensors, is_tied, read_architecture
-from vllm_prinmix.compress.prepare import progress_bar
+from vllm_prinmix.compress.prepare import Options, progress_bar
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format.checkpoint import EMBEDDING, FLOATS, Checkpoint
 from vllm_prinmix.format.delta import Delta, check_accounts, read_delta
 from vllm_prinmix.format.digest import sample_digest
 from vllm_prinmix.format.payload import decode
-from vllm_prinmix.format.schema import Exact
+from vllm_prinmix.format.schema import DeltaConfig, Exact
 
 # Errors measured again may differ from the recorded ones by rounding and the order of summation, not by more.
 TOLERANCE = 1e-2
@@ -31,20 +32,30 @@ Entry = dict[str, Any]
 
 
 def verify(
-    folder: Path, base_source: str, finetuned_source: str | None, calibration: str | None, console: Console
+    folder: Path,
+    base_source: str,
+    finetuned_source: str | None,
+    calibration: str | None,
+    console: Console,
+    lora: bool = False,
 ) -> list[Entry]:
     """Check a delta against its base, and against the fine-tune and its calibration where they are given.
 
+    ``lora``: the fine-tune is a PEFT LoRA adapter.
+
     Returns one entry per stored tensor: ``name``, ``change`` (||dW^||_F / ||W_base||_F); with a fine-tune
     ``weight_error`` (||dW - dW^||_F^2 / ||dW||_F^2, 0 for an exact tensor); with calibration too ``error``
-    (||dW X - dW^ X||^2 / ||dW X||^2). Errors are compared with the recorded ones.
+    (||dW X - dW^ X||^2 / ||dW X||^2), of a delta made without data always, in the metric that it was made in.
+    Errors are compared with the recorded ones.
 
     Raises PrinMixError for the first thing that is wrong: a checksum, a digest, a tensor without
     counterpart, a value that is not finite, an exact or unchanged tensor that is not, another error.
     """
     if calibration is not None and finetuned_source is None:
         raise PrinMixError(
-            "calibration runs on the fine-tune", where="--calibration", fix="give --finetuned too"
+            "calibration runs on the fine-tune",
+            where="--calibration",
+            fix="give --finetuned or --from-lora too",
         )
     delta = read_delta(folder)
     base = Checkpoint(base_source)
@@ -52,7 +63,7 @@ def verify(
     check_base(base, delta, console)
     if sample_digest(base) != delta.config.base.sample_digest:
         raise PrinMixError("the recorded sample digest is not the base's", where=folder, fix="compress again")
-    finetuned = None if finetuned_source is None else Checkpoint(finetuned_source)
+    finetuned = None if finetuned_source is None else open_finetuned(finetuned_source, base, lora)
     model = None if finetuned is None else _check_finetuned(finetuned, base)
     entries: dict[str, Entry] = {}
     with progress_bar(console) as progress:
@@ -62,8 +73,8 @@ def verify(
             if (entry := _check_tensor(delta, base, finetuned, name)) is not None:
                 entries[name] = entry
             progress.advance(task, base.tensors[name].numel)
-    if calibration is not None and finetuned is not None:
-        _check_errors(delta, base, finetuned, model, calibration, entries, console)
+    if finetuned is not None and (calibration is not None or delta.config.calibration is None):
+        _check_errors(delta, base, finetuned, model, calibration or NONE, entries, console)
     return list(entries.values())
 
 
@@ -98,7 +109,7 @@ def _check_tensor(delta: Delta, base: Checkpoint, finetuned: Checkpoint | None, 
         raise _wrong(delta, name, "decodes to NaN or infinite values")
     entry = {"name": name, "change": relative_size(change, weight)}
     if finetuned is not None:
-        entry["weight_error"] = weight_error(finetuned.load(name, torch.float32).sub_(weight), change)
+        entry["weight_error"] = weight_error(finetuned.difference(base, name), change)
         _compare(delta, name, spec.report.get("weight_error"), entry["weight_error"])
     return entry
 
@@ -112,32 +123,28 @@ def _check_errors(
     entries: dict[str, Entry],
     console: Console,
 ) -> None:
-    """Run calibration again as it was run and measure every matrix's error on its inputs."""
-    recorded = delta.config.calibration
-    if recorded is None:
-        raise PrinMixError("the delta was made without calibration", where=delta.folder)
-    samples = draw(
-        source,
-        load_tokenizer(finetuned, base),
-        model.config.vocab_size,
-        samples=recorded.samples,
-        sequence_length=recorded.sequence_length,
-        seed=recorded.seed,
-    )
-    same = samples.sha256 == recorded.sha256
+    """Measure every matrix's error in the metric of ``source``: calibration run as it was run, or no data."""
+    recorded, modules = delta.config.calibration, delta.config.modules
+    wanted = {name for name, spec in modules.items() if not isinstance(spec, Exact)}
+    cpu = torch.device("cpu")
+    if source == NONE:
+        same = recorded is None
+        metrics = data_free(model, finetuned, wanted, cpu)
+    else:
+        samples = draw_again(delta.config, source, finetuned, base, model.config.vocab_size)
+        same = recorded is not None and samples.sha256 == recorded.sha256
+        metrics = hessians(model, finetuned, samples.tokens, wanted, cpu)
     if not same:
         console.print(
-            f"{source} gives other samples than the delta was made with: errors are not compared",
+            f"{source} gives other inputs than the delta was made for: errors are not compared",
             markup=False,
         )
-    modules = delta.config.modules
-    wanted = {name for name, spec in modules.items() if not isinstance(spec, Exact)}
     with progress_bar(console) as progress:
         task = progress.add_task("Measuring", total=len(wanted))
-        for name, hessian in hessians(model, finetuned, samples.tokens, wanted, torch.device("cpu")):
+        for name, hessian in metrics:
             spec = modules[name]
             assert not isinstance(spec, Exact)
-            dw = finetuned.load(name, torch.float32).sub_(base.load(name))
+            dw = finetuned.difference(base, name)
             decoded = decode(spec, delta.tensors[name]).dense()
             if name == EMBEDDING and not is_tied(model):
                 dw, decoded = dw.T, decoded.T
@@ -145,6 +152,21 @@ def _check_errors(
             if same:
                 _compare(delta, name, spec.report.get("error"), entries[name]["error"])
             progress.advance(task)
+
+
+def draw_again(
+    config: DeltaConfig, source: str, finetuned: Checkpoint, base: Checkpoint, vocabulary: int
+) -> Samples:
+    """Samples of ``source`` as the delta's were drawn; for one made without data, by the default settings."""
+    drawn = config.calibration or Options
+    return draw(
+        source,
+        load_tokenizer(finetuned, base),
+        vocabulary,
+        samples=drawn.samples,
+        sequence_length=drawn.sequence_length,
+        seed=drawn.seed,
+    )
 
 
 def _compare(delta: Delta, name: str, recorded: Any, measured: float) -> None:

@@ -26,6 +26,9 @@ app = typer.Typer(
 BaseOption = Annotated[
     str, typer.Option("--base", help="The base model: a checkpoint folder or a cached hub id.")
 ]
+LoraOption = Annotated[
+    str | None, typer.Option(help="In place of --finetuned: a PEFT LoRA adapter of the base.")
+]
 DeltaArgument = Annotated[Path, typer.Argument(help="A delta folder.")]
 
 
@@ -69,15 +72,17 @@ def _options(
 @app.command()
 def compress(
     base: BaseOption,
-    finetuned: Annotated[
-        str, typer.Option(help="The fine-tuned model: a checkpoint folder or a cached hub id.")
-    ],
     out: Annotated[Path, typer.Option(help="The delta folder to make.")],
+    finetuned: Annotated[
+        str | None, typer.Option(help="The fine-tuned model: a checkpoint folder or a cached hub id.")
+    ] = None,
+    from_lora: LoraOption = None,
     calibration: Annotated[
         str | None,
         typer.Option(
             help="Required. Texts as the fine-tune's users write them: .txt (one sample a line), .jsonl "
-            "(field `text`), a folder of these, or a Hugging Face dataset."
+            "(field `text`), a folder of these, or a Hugging Face dataset. none: without data, at a loss of "
+            "quality."
         ),
     ] = None,
     ratio: Annotated[
@@ -157,7 +162,8 @@ def compress(
         ratio = "1/16"
     options = Options(
         base=base,
-        finetuned=finetuned,
+        finetuned=_one_source(finetuned, from_lora),
+        lora=from_lora is not None,
         out=out,
         calibration=calibration,
         method=chosen,
@@ -199,15 +205,19 @@ def verify(
     delta: DeltaArgument,
     base: BaseOption,
     finetuned: Annotated[str | None, typer.Option(help="Measure the errors against it again.")] = None,
+    from_lora: LoraOption = None,
     calibration: Annotated[
-        str | None, typer.Option(help="With --finetuned: measure the errors on its inputs too.")
+        str | None, typer.Option(help="With one of these: measure the errors on its inputs too.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Check all bytes of a delta and its base, decode every tensor, measure errors again."""
     from vllm_prinmix.compress import verify as module
 
-    entries = module.verify(delta, base, finetuned, calibration, Console(stderr=True))
+    source = _one_source(finetuned, from_lora) if finetuned or from_lora else None
+    entries = module.verify(
+        delta, base, source, calibration, Console(stderr=True), lora=from_lora is not None
+    )
     if as_json:
         typer.echo(json.dumps(entries, indent=1))
     else:
@@ -234,6 +244,59 @@ def merge(
     from vllm_prinmix.compress.merge import merge as run
 
     run(base, delta, out, dtype, overwrite, Console(stderr=True))
+
+
+@app.command()
+def report(
+    delta: DeltaArgument,
+    html: Annotated[Path | None, typer.Option(help="Write a page with charts to this file.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="With the next two: the terms of Eq. 5 (the paper's Figure 2) of one module."),
+    ] = None,
+    finetuned: Annotated[str | None, typer.Option(help="The fine-tuned model.")] = None,
+    from_lora: LoraOption = None,
+    calibration: Annotated[str | None, typer.Option(help="Calibration texts, or none.")] = None,
+    module: Annotated[
+        str | None, typer.Option(help="Of Eq. 5's terms; default: q_proj of the last layer.")
+    ] = None,
+) -> None:
+    """Show what a delta spends its bytes on: bits by layer and type, errors, singular values."""
+    from vllm_prinmix.compress import report as module_
+
+    console = Console(stderr=True)
+    collected = module_.collect(delta, console)
+    given = {"--base": base, "--finetuned": finetuned or from_lora, "--calibration": calibration}
+    if any(given.values()) or module is not None:
+        if missing := [option for option, value in given.items() if value is None]:
+            raise PrinMixError(
+                "Eq. 5's terms need the two models and data", where="report", found=f"no {', '.join(missing)}"
+            )
+        from vllm_prinmix.compress.report_terms import terms
+
+        source = _one_source(finetuned, from_lora)
+        collected["terms"] = terms(
+            delta, base or "", source, calibration or "", module, console, lora=from_lora is not None
+        )
+    if html is None:
+        module_.show(collected, Console())
+        return
+    from vllm_prinmix.compress.report_page import page
+
+    html.write_text(page(collected), encoding="utf-8")
+    typer.echo(f"{html}: written")
+
+
+def _one_source(finetuned: str | None, from_lora: str | None) -> str:
+    """The fine-tune, given in one of two ways."""
+    if (finetuned is None) == (from_lora is None):
+        raise PrinMixError(
+            "the fine-tune is needed, once",
+            where="--finetuned, --from-lora",
+            found="neither" if finetuned is None else "both",
+            expected="--finetuned CHECKPOINT, or --from-lora ADAPTER",
+        )
+    return finetuned or from_lora or ""
 
 
 def _fraction(option: str, text: str) -> Fraction:

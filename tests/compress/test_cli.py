@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.compress.adapters import write_adapter
 from tests.compress.pairs import Pair
 from vllm_prinmix import __version__
 from vllm_prinmix.cli import main
@@ -99,10 +100,49 @@ def test_compress_inspect_verify_merge(make_pair: Callable[..., Pair], prinmix: 
     assert (merged / "model.safetensors").is_file()
 
 
+def test_compress_and_verify_a_lora_adapter(
+    make_pair: Callable[..., Pair], prinmix: Run, tmp_path: Path
+) -> None:
+    pair, delta = make_pair(), tmp_path / "delta"
+    adapter = write_adapter(tmp_path / "style", pair.base)
+    source = ["--base", pair.base, "--from-lora", adapter, "--calibration", pair.calibration]
+    code, out, _ = prinmix("compress", *source, "--out", delta, "--ratio", "1/32")
+    assert code == 0
+    assert "style, a fine-tune of base" in out
+    code, out, _ = prinmix("verify", delta, *source)
+    assert code == 0
+    assert "all is well, 14 tensors" in out
+
+
+def test_report(make_pair: Callable[..., Pair], prinmix: Run, tmp_path: Path) -> None:
+    pair, delta, html = make_pair(), tmp_path / "delta", tmp_path / "report.html"
+    models = ["--base", pair.base, "--finetuned", pair.finetuned]
+    assert prinmix("compress", *models, "--out", delta, "--calibration", "none")[0] == 0
+    code, out, _ = prinmix("report", delta)
+    assert code == 0
+    assert "scales and zero points" in out
+    assert "down_proj" in out
+    terms = [*models, "--calibration", pair.calibration, "--module", "layers.0.mlp.up_proj"]
+    code, out, _ = prinmix("report", delta, "--html", html, *terms)
+    assert code == 0
+    assert "Scaling and difference" in html.read_text()
+    code, _, err = prinmix("report", delta, "--base", pair.base, "--calibration", "none")
+    assert code == 1
+    assert "Eq. 5's terms need the two models and data [report]; found: no --finetuned" in err
+
+
 BAD: dict[str, tuple[Callable[[Pair, Path], list[object]], str]] = {
     "no calibration": (
         lambda p, d: [a for a in compress_arguments(p, d) if a not in ("--calibration", p.calibration)],
         "error: calibration text is required.*--calibration FILE",
+    ),
+    "no fine-tune": (
+        lambda p, d: [a for a in compress_arguments(p, d) if a not in ("--finetuned", p.finetuned)],
+        "the fine-tune is needed, once.*found: neither",
+    ),
+    "two fine-tunes": (
+        lambda p, d: [*compress_arguments(p, d), "--from-lora", p.finetuned],
+        "the fine-tune is needed, once.*found: both.*--from-lora ADAPTER",
     ),
     "no such base": (
         lambda p, d: [*compress_arguments(p, d), "--base", "nowhere"],
@@ -123,7 +163,7 @@ BAD: dict[str, tuple[Callable[[Pair, Path], list[object]], str]] = {
     ),
     "verify calibration alone": (
         lambda p, d: ["verify", d, "--base", p.base, "--calibration", p.calibration],
-        "give --finetuned too",
+        "give --finetuned or --from-lora too",
     ),
 }
 

@@ -134,7 +134,7 @@ BROKEN = {
         "x.weight",
     ),
     "pickled": (write_single, pickled, "pickled", "pytorch_model.bin"),
-    "adapter": (write_single, adapter, "LoRA adapter", ""),
+    "adapter": (write_single, adapter, "an adapter, not .* --from-lora", ""),
     "no weights": (write_single, drop(SINGLE), "no weights", ""),
 }
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 
 # What Hugging Face's checkpoints of decoder models call these two; tied ones have the first only.
 EMBEDDING = "model.embed_tokens.weight"
@@ -59,6 +60,7 @@ class StoredTensor:
 class Checkpoint:
     """An opened checkpoint: ``config`` (config.json) and ``tensors`` by name; bytes are read on demand.
 
+    ``folder`` has its files, ``config_folder`` its config.json.
     ``source`` is a folder, or the id of a model that is already in the local Hugging Face cache. Without
     ``weights`` only the config is read, and there are no tensors.
 
@@ -67,7 +69,9 @@ class Checkpoint:
     """
 
     def __init__(self, source: str | Path, weights: bool = True) -> None:
-        self.folder = resolve_folder(source)
+        self.folder = self.config_folder = resolve_folder(source)
+        if not (self.folder / "config.json").is_file() and (self.folder / ADAPTER).is_file():
+            raise _adapter(self.folder)
         self.config: dict[str, Any] = _read_json(self.folder / "config.json")
         self.tensors: dict[str, StoredTensor] = _scan(self.folder) if weights else {}
 
@@ -112,6 +116,12 @@ class Checkpoint:
         native = getattr(torch, FLOATS[stored.dtype])
         tensor = torch.from_numpy(data).view(native).view(stored.shape)
         return tensor if dtype is None else tensor.to(dtype)
+
+    def difference(self, base: Checkpoint, name: str) -> torch.Tensor:
+        """float32, on the CPU: a tensor of this checkpoint less ``base``'s."""
+        import torch
+
+        return self.load(name, torch.float32).sub_(base.load(name))
 
 
 def resolve_folder(source: str | Path) -> Path:
@@ -188,12 +198,8 @@ def _scan(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _no_weights(folder: Path) -> PrinMixError:
-    if (folder / "adapter_config.json").is_file():
-        return PrinMixError(
-            "this is a LoRA adapter, not a full checkpoint",
-            where=folder,
-            fix="merge the adapter into its base first, or serve it with vLLM's own LoRA support",
-        )
+    if (folder / ADAPTER).is_file():
+        return _adapter(folder)
     pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     if pickled:
         return PrinMixError(
@@ -205,6 +211,14 @@ def _no_weights(folder: Path) -> PrinMixError:
         )
     return PrinMixError(
         "there are no weights here", where=folder, expected=f"{SINGLE}, or shards with {INDEX}"
+    )
+
+
+def _adapter(folder: Path) -> PrinMixError:
+    return PrinMixError(
+        "this is an adapter, not a full checkpoint",
+        where=folder,
+        fix="to compress a LoRA adapter give it with --from-lora; elsewhere merge it into its base first",
     )
 
 
