@@ -39,6 +39,7 @@ class Options:
     seed: int = 0
     device: str = "auto"
     overwrite: bool = False
+    ray: bool = False  # compress on a Ray cluster; the delta is the same
 
 
 @dataclass

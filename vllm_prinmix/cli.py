@@ -114,6 +114,10 @@ def compress(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of samples and windows.")] = 0,
     device: Annotated[str, typer.Option(help="auto: cuda where there is one, else cpu.")] = "auto",
+    ray: Annotated[
+        bool,
+        typer.Option("--ray", help="Compress on a running Ray cluster (RAY_ADDRESS, or this machine's)."),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output where it exists.")
     ] = False,
@@ -146,6 +150,7 @@ def compress(
         seed=seed,
         device=device,
         overwrite=overwrite,
+        ray=ray,
     )
     console = Console(stderr=True)
     try:
