@@ -41,6 +41,7 @@ class Options:
     device: str = "auto"
     overwrite: bool = False
     lora: bool = False  # ``finetuned`` is a PEFT LoRA adapter of the base
+    ray: bool = False  # compress on a Ray cluster; the delta is the same
 
 
 @dataclass

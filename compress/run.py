@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from vllm_prinmix import __version__
-from vllm_prinmix.compress.measure import weight_error
+from vllm_prinmix.compress.executor import Executor, Serial, on_ray
 from vllm_prinmix.compress.memory import trim
 from vllm_prinmix.compress.metrics import data_free, hessians
 from vllm_prinmix.compress.model import Kind, is_tied
 from vllm_prinmix.compress.partial import Partial, disk_errors
-from vllm_prinmix.compress.prepare import Job, Options, prepare, progress_bar
+from vllm_prinmix.compress.prepare import Job, Options, pick_device, prepare, progress_bar
 from vllm_prinmix.compress.quantization.hessian import Hessian
 from vllm_prinmix.compress.sidefiles import copy, own
+from vllm_prinmix.compress.task import Result, Task
 from vllm_prinmix.format.checkpoint import EMBEDDING, FLOATS
 from vllm_prinmix.format.delta import write_delta
 from vllm_prinmix.format.digest import sample_digest
-from vllm_prinmix.format.payload import decode, encode
 from vllm_prinmix.format.schema import (
     Base,
     Calibration,
@@ -32,7 +31,6 @@ from vllm_prinmix.format.schema import (
     Settings,
     Weights,
 )
-from vllm_prinmix.kernels.quantized import QuantizedFactors
 
 
 def compress(options: Options, console: Console) -> DeltaConfig:
@@ -41,6 +39,12 @@ def compress(options: Options, console: Console) -> DeltaConfig:
     An interrupted run leaves finished modules in OUT.partial, where the same command takes them up.
     OUT appears in one step, whole. Raises PrinMixError for bad input and a full disk.
     """
+    # A cluster that cannot be used is found out before checkpoints are read.
+    with on_ray(pick_device(options.device)) if options.ray else nullcontext(Serial()) as executor:
+        return _compress(options, executor, console)
+
+
+def _compress(options: Options, executor: Executor, console: Console) -> DeltaConfig:
     job = prepare(options, console)
     left = "the modules that are finished are kept and will not be computed again"
     with disk_errors(options.out.with_name(options.out.name + ".partial"), left):
@@ -51,7 +55,7 @@ def compress(options: Options, console: Console) -> DeltaConfig:
                 markup=False,
             )
         try:
-            _Run(job, partial, console).all()
+            _Run(job, partial, console).all(executor)
             config = _assemble(job, partial)
             partial.publish(options.out, options.overwrite)
         finally:
@@ -67,26 +71,18 @@ class _Run:
         self.progress = progress_bar(console)
         self.pending = [name for name in job.kinds if name not in job.same_bytes and name not in partial]
 
-    def all(self) -> None:
-        job, model = self.job, self.job.model
+    def all(self, executor: Executor) -> None:
+        job = self.job
         sizes = {name: job.finetuned.tensors[name].numel for name in self.pending}
         with self.progress:
             self.task = self.progress.add_task("Compressing", total=sum(sizes.values()))
             exact = [name for name in sizes if job.kinds[name] is Kind.EXACT]
             for name in exact:
                 self._exact(name)
-            wanted = set(sizes) - set(exact)
-            if job.samples is None:
-                metrics = data_free(model, job.finetuned, wanted, job.device)
-            else:
-                samples = job.samples.tokens
-                metrics = hessians(
-                    model, job.finetuned, samples, wanted, job.device, self._tell, job.options.method.repeats
-                )
-            for name, hessian in metrics:
-                self._matrix(name, hessian)
-                del hessian  # a layer's last one would live on while the next layer runs
-                trim()
+            tasks = self._tasks(set(sizes) - set(exact))
+            with closing(executor.map(tasks)) as results:
+                for result in results:
+                    self._save(result)
             self._tell("Compressed")
 
     def _tell(self, text: str) -> None:
@@ -97,38 +93,37 @@ class _Run:
         if not torch.equal(tensor.float(), self.job.base.load(name).float()):
             dtype = FLOATS[self.job.finetuned.tensors[name].dtype]
             self.partial.save(name, Exact(shape=list(tensor.shape), dtype=dtype), tensor)
-        self.progress.advance(self.task, tensor.numel())
+        self._advance(name)
 
-    def _matrix(self, name: str, hessian: Hessian) -> None:
-        """Compress one matrix and keep the result; nothing is stored where the change is zero."""
-        self._tell(name.removeprefix("model.").removesuffix(".weight"))
+    def _tasks(self, wanted: set[str]) -> Iterator[tuple[Task, torch.Tensor, Hessian]]:
+        """The matrices to compress, as calibration reaches them; not those whose change is zero."""
         job = self.job
-        dw = job.finetuned.difference(job.base, name).to(job.device)
-        if dw.any():
-            limit, method = job.limit(name), job.method(name)
-            transposed = name == EMBEDDING and not is_tied(job.model)
-            with _reported(lambda text: self.console.print(f"{name}: {text}", markup=False)):
-                change, report = method.compress(dw.T.contiguous() if transposed else dw, hessian, limit)
-            if transposed:
-                assert isinstance(change, QuantizedFactors), "see Method.for_embedding"
-                change = change.transpose()
-            spec, payload = encode(change, report)
-            if limit is not None and payload.numel() > limit:
-                raise RuntimeError(f"{name}: {payload.numel()} bytes where {limit} were allowed")
-            report = report | {"weight_error": weight_error(dw.cpu(), decode(spec, payload).dense())}
-            spec = spec.model_copy(update={"report": report})
-            self.partial.save(name, spec, payload)
-        self.progress.advance(self.task, dw.numel())
+        for name, hessian in self._metrics(wanted):
+            self._tell(name.removeprefix("model.").removesuffix(".weight"))
+            dw = job.finetuned.difference(job.base, name).to(job.device)
+            if dw.any():
+                transposed = name == EMBEDDING and not is_tied(job.model)
+                yield Task(name, job.method(name), job.limit(name), transposed), dw, hessian
+            else:
+                self._advance(name)
+            del dw, hessian  # a layer's last ones would live on while the next layer runs
+            trim()
 
+    def _metrics(self, wanted: set[str]) -> Iterator[tuple[str, Hessian]]:
+        job = self.job
+        if job.samples is None:
+            return data_free(job.model, job.finetuned, wanted, job.device)
+        samples, repeats = job.samples.tokens, job.options.method.repeats
+        return hessians(job.model, job.finetuned, samples, wanted, job.device, self._tell, repeats)
 
-@contextmanager
-def _reported(say: Callable[[str], None]) -> Iterator[None]:
-    """Hands every warning raised inside to ``say`` as one line."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for warning in caught:
-        say(str(warning.message))
+    def _save(self, result: Result) -> None:
+        for text in result.warnings:
+            self.console.print(f"{result.name}: {text}", markup=False)
+        self.partial.save(result.name, result.spec, result.payload)
+        self._advance(result.name)
+
+    def _advance(self, name: str) -> None:
+        self.progress.advance(self.task, self.job.finetuned.tensors[name].numel)
 
 
 def _assemble(job: Job, partial: Partial) -> DeltaConfig:

@@ -137,6 +137,10 @@ def compress(
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the choice of samples and windows.")] = 0,
     device: Annotated[str, typer.Option(help="auto: cuda where there is one, else cpu.")] = "auto",
+    ray: Annotated[
+        bool,
+        typer.Option("--ray", help="Compress on a running Ray cluster (RAY_ADDRESS, or this machine's)."),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output where it exists.")
     ] = False,
@@ -174,6 +178,7 @@ def compress(
         seed=seed,
         device=device,
         overwrite=overwrite,
+        ray=ray,
     )
     console = Console(stderr=True)
     try:

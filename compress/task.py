@@ -1,0 +1,55 @@
+"""One matrix's compression as a task: all it needs in, all that is kept out; here or in another process."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from vllm_prinmix.compress.measure import weight_error
+from vllm_prinmix.compress.methods.base import Method
+from vllm_prinmix.compress.quantization.hessian import Hessian
+from vllm_prinmix.format.payload import decode, encode
+from vllm_prinmix.format.schema import Module
+from vllm_prinmix.kernels.quantized import QuantizedFactors
+
+
+@dataclass(frozen=True)
+class Task:
+    """How one matrix is compressed; the matrix itself and the metric of its inputs go beside it."""
+
+    name: str
+    method: Method
+    limit: int | None  # bytes, see Job.limit
+    transposed: bool  # the method is given dW^T
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the delta keeps of one matrix, and what was warned of on the way."""
+
+    name: str
+    spec: Module
+    payload: torch.Tensor  # uint8, on the CPU
+    warnings: list[str]
+
+
+def solve(task: Task, dw: torch.Tensor, hessian: Hessian) -> Result:
+    """Compress dW, float32 [rows, cols] and not all zero, and measure the errors of what is stored.
+
+    ``hessian`` is the metric of its inputs; of dW^T's where ``task.transposed``.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        matrix = dw.T.contiguous() if task.transposed else dw
+        change, report = task.method.compress(matrix, hessian, task.limit)
+    if task.transposed:
+        assert isinstance(change, QuantizedFactors), "see Method.for_embedding"
+        change = change.transpose()
+    spec, payload = encode(change, report)
+    if task.limit is not None and payload.numel() > task.limit:
+        raise RuntimeError(f"{task.name}: {payload.numel()} bytes where {task.limit} were allowed")
+    report = report | {"weight_error": weight_error(dw.cpu(), decode(spec, payload).dense())}
+    spec = spec.model_copy(update={"report": report})
+    return Result(task.name, spec, payload, [str(warning.message) for warning in caught])
