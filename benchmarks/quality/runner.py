@@ -68,8 +68,8 @@ def _measure(
             key = material.key(setting, seed, code)
             wanted.append(Run(setting, seed, key, compressor, Work(out, key)))
     pending = {run.work.folder: run for run in wanted if store.get(run.key) is None}
-    if pending and len(pending) < len(wanted):
-        done = len({run.work.folder for run in wanted}) - len(pending)
+    done = len({run.work.folder for run in wanted}) - len(pending)
+    if pending and done:
         console.print(f"{pair.name}: {done} results are there, {len(pending)} are to be made", markup=False)
     _run(pair, material, list(pending.values()), store, console, results)
     for run in wanted:
