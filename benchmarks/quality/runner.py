@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -117,7 +116,6 @@ def _run(
                     store.add(run.key, result | {"score_seconds": time.monotonic() - start})
                 run.work.remove()
                 progress.advance(scored)
-            gc.collect()
 
 
 def _numel(shape: tuple[int, ...]) -> int:

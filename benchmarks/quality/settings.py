@@ -42,7 +42,7 @@ class Setting:
             return Reference(self.method)
         if self.method == RowWise.name:
             return RowWise()
-        return registry.make(self.method, **DEFAULTS.get(self.method, {}), **dict(self.options))
+        return registry.make(self.method, **(DEFAULTS.get(self.method, {}) | dict(self.options)))
 
     @property
     def draws(self) -> bool:

@@ -15,6 +15,7 @@ from vllm_prinmix.compress.ratio import as_text
 OURS, PAPER, BEST_BASELINE = "prinmix", "prinmix-paper", "delta-come"
 ACTIVE = (2, 3, 4, 5, 6)  # f_max of Table 4
 SIZES = (16, 32, 64, 128, 256)  # Table 10
+HIGHEST = (4, 5, 6, 7, 8)  # widest candidate, Table 13
 LORA_RATIO = 4  # a LoRA fine-tune's ratio as a part of --ratio, Table 6
 
 TASK, THIRDS, TYPES = "task", "thirds", "types"  # what is shown of each row
@@ -151,7 +152,7 @@ def candidates(choice: Choice, pair: Pair) -> Table:
     rows = []
     for method in choice.of(PAPER, OURS):
         least = 2 if method == PAPER else 1
-        for highest in range(4, 9):
+        for highest in HIGHEST:
             bits = (0, *range(least, highest + 1))
             label = "{" + ", ".join(map(str, bits)) + "}"
             rows.append(Row((method, label), setting(method, choice.ratio, bits=bits)))
