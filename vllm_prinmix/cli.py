@@ -102,6 +102,13 @@ def compress(
         int | None,
         typer.Option(help="At most this many different widths (prinmix: pairs of V's and U's) per module."),
     ] = None,
+    rank_penalty: Annotated[
+        float | None,
+        typer.Option(
+            help="Prefer fewer directions with more bits (faster prefill): what each has to be worth, in "
+            "mean errors per direction."
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples, drawn without replacement.")] = 128,
     sequence_length: Annotated[
         int, typer.Option(help="Longer samples give a random window of this length.")
@@ -128,6 +135,7 @@ def compress(
         method,
         bits=None if bits is None else _bits(bits),
         max_active_bits=max_active_bits,
+        rank_penalty=rank_penalty,
         solver=solver,
         **registry.without(method, without or []),
     )

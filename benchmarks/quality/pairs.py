@@ -49,10 +49,14 @@ class Pair:
 
 
 def read_pairs(source: str) -> list[Pair]:
-    """``demo``, or a JSON file: a list of objects with the fields of `Pair`, paths relative to the file."""
+    """``demo``, or a JSON file: a list of objects with the fields of `Pair`, paths relative to the file.
+
+    The list of `benchmarks.pairs` is one too: its calibration texts are by domain, and the full fine-tune of a
+    task that a LoRA was trained for gets that as ``lora``. A folder stands for its pairs.json.
+    """
     if source.lower() == DEMO:
         return demo_pairs(DEMO_MODELS)
-    path = Path(source)
+    path = Path(source) / "pairs.json" if Path(source).is_dir() else Path(source)
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -61,7 +65,7 @@ def read_pairs(source: str) -> list[Pair]:
     if not isinstance(entries, list) or not entries:
         raise PrinMixError("the file has no list of pairs", where=path, expected=f"[{{{', '.join(names)}}}]")
     pairs = []
-    for entry in entries:
+    for entry in _with_loras(entries):
         if not isinstance(entry, dict) or not set(names[:4]) <= set(entry) <= set(names):
             raise PrinMixError(
                 "a pair has other fields than it should",
@@ -69,11 +73,26 @@ def read_pairs(source: str) -> list[Pair]:
                 found=", ".join(entry) if isinstance(entry, dict) else entry,
                 expected=f"{', '.join(names[:4])}, and of {', '.join(names[4:])} what there is",
             )
-        resolved: dict[str, Any] = {
-            key: _resolve(path.parent, value) for key, value in entry.items() if key != "name"
-        }
+        resolved: dict[str, Any] = {k: _resolve(path.parent, v) for k, v in entry.items() if k != "name"}
         pairs.append(Pair(name=entry["name"], **resolved))
     return pairs
+
+
+def _with_loras(entries: list[Any]) -> list[Any]:
+    """Entries of `benchmarks.pairs` with the fields of `Pair`; others as they are."""
+    trained = [e for e in entries if isinstance(e, dict) and isinstance(e.get("calibration"), dict)]
+    loras = {(e["task"], e["base"]): e["finetuned"] for e in trained if e["adapter"] is not None}
+    found = []
+    for entry in entries:
+        if entry in trained:
+            kept = {key: entry[key] for key in ("name", "base", "finetuned", "questions")}
+            texts = entry["calibration"]
+            kept |= {"calibration": texts["in-domain"], "calibration_other": texts["pretraining"]}
+            if entry["adapter"] is None:
+                kept["lora"] = loras.get((entry["task"], entry["base"]))
+            entry = kept
+        found.append(entry)
+    return found
 
 
 def demo_pairs(models: Path) -> list[Pair]:

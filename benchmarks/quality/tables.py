@@ -57,8 +57,7 @@ class Choice:
 
     def at(self, method: str, ratio: Fraction | None = None) -> Setting:
         """``method`` at a ratio, by default the chosen one, or at the size that it has of its own."""
-        own = registry.METHODS[method].has_own_size
-        return setting(method, None if own else ratio or self.ratio)
+        return setting(method, None if own_size(method) else ratio or self.ratio)
 
 
 def main(choice: Choice, pair: Pair) -> Table:
@@ -122,7 +121,7 @@ def ratios(choice: Choice, pair: Pair) -> Table:
     rows = []
     for method in choice.methods:
         for ratio in choice.ratios:
-            own = registry.METHODS[method].has_own_size
+            own = own_size(method)
             reason = "its size does not depend on the ratio" if own else None
             rows.append(Row((method, as_text(ratio)), None if own else setting(method, ratio), reason))
     return Table("9", "Ratios", ("method", "α"), rows)
@@ -204,6 +203,11 @@ def _references(width: int) -> list[Row]:
 def _row(choice: Choice, method: str) -> Row:
     found = choice.at(method)
     return Row((method, "its own" if found.ratio is None else as_text(found.ratio)), found)
+
+
+def own_size(method: str) -> bool:
+    """Whether its size does not depend on a ratio."""
+    return setting(method, None).compressor().has_own_size
 
 
 def settings_of(tables: Sequence[Table]) -> list[Setting]:

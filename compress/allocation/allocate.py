@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from vllm_prinmix.compress.allocation import knapsack
+from vllm_prinmix.compress.allocation import active
+from vllm_prinmix.compress.allocation.knapsack import total
 from vllm_prinmix.errors import PrinMixError
 
 SOLVERS = ("scip", "exact")
@@ -34,11 +35,18 @@ SCIP_PARAMETERS = {
 
 @dataclass(frozen=True)
 class Allocation:
-    """The widths chosen by a solver of Eq. 8."""
+    """What a solver of Eq. 8 chose, and how far from the best it can be at most."""
 
     choice: np.ndarray  # int64 [n]: index into the candidates
     error: float  # sum of the chosen errors
-    gap: float  # (error - proved lower bound) / error; 0 where the optimum is proved
+    objective: float  # what was minimised: the error, and with a rank penalty what that adds
+    bound: float  # of the objective, proved: no choice has less
+
+    @property
+    def gap(self) -> float:
+        """(objective - bound) / objective; 0 where the optimum is proved."""
+        gap = 1 - self.bound / self.objective if self.objective > 0 else 0.0
+        return gap if gap > TOLERANCE else 0.0
 
 
 def allocate(
@@ -47,14 +55,21 @@ def allocate(
     budget_bytes: int,
     max_active: int,
     solver: str = "scip",
+    *,
+    free: int | None = None,
+    rank_penalty: float = 0.0,
 ) -> Allocation:
     """Eq. 8: the candidate of each row that minimises the sum of ``errors``.
 
     ``errors`` float64 [n, B]: error of row i with candidate b (Eq. 5), finite and at least 0.
     ``cost_bytes`` [B]: bytes of a row with candidate b, the same for all rows. At most ``budget_bytes`` are
-    spent and at most ``max_active`` candidates are used (f_max; 0 bits counts as one).
+    spent and at most ``max_active`` candidates are used (f_max; 0 bits counts as one, unless it is ``free``).
 
-    ``solver`` is "scip" (CVXPY and SCIP, the paper's) or "exact" (`knapsack`, the same optimum many times
+    ``rank_penalty`` prefers fewer rows that cost bytes. Its unit is the mean error per such row (all errors
+    over their number) without a penalty: that many of them is what each row has to be worth. Where a share x
+    of the rows is saved, the error has risen by at most rank_penalty * x of itself.
+
+    ``solver`` is "scip" (CVXPY and SCIP, the paper's) or "exact" (`active`, the same optimum many times
     faster). Both prove their optimum; where several choices reach it they may return different ones.
 
     Raises PrinMixError for an unknown or missing solver, a table that is not as described, and a budget
@@ -80,13 +95,19 @@ def allocate(
             fix="use a larger ratio, or add 0 to the candidate bits",
         )
     if n == 0:
-        return Allocation(np.zeros(0, dtype=np.int64), 0.0, 0.0)
+        return Allocation(np.zeros(0, dtype=np.int64), 0.0, 0.0, 0.0)
+    cost = np.array(cost_bytes, dtype=np.int64)
+    objective = errors
+    if rank_penalty:
+        plain = allocate(errors, cost_bytes, budget_bytes, max_active, solver, free=free)
+        rows = max(1, int(np.count_nonzero(cost[plain.choice])))
+        objective = errors + (cost > 0) * (rank_penalty * plain.error / rows)
     unit = math.gcd(*cost_bytes) or 1
-    cost = np.array(cost_bytes, dtype=np.int64) // unit
+    cost //= unit
     # A budget beyond the dearest choice binds nothing; without the cut it would only blur SCIP's tolerances.
     capacity = min(budget_bytes // unit, n * int(cost.max()))
-    solve = _solve_scip if solver == "scip" else knapsack.solve
-    solution = solve(errors, cost, capacity, max_active)
+    solve = _solve_scip if solver == "scip" else active.solve
+    solution = solve(objective, cost, capacity, max_active, free)
     if solution is None or cost[solution[0]].sum() > capacity:
         raise PrinMixError(
             f"the solver {solver} found no allocation", expected=f"one of {budget_bytes} bytes"
@@ -94,17 +115,16 @@ def allocate(
     choice, bound = solution
     # Bytes that buy nothing (a direction that calibration never saw) are not spent, whatever the solver did.
     used = np.unique(choice)[np.argsort(cost[np.unique(choice)], kind="stable")]
-    chosen = errors[np.arange(n), choice]
-    choice = used[(errors[:, used] <= chosen[:, None]).argmax(axis=1)]
-    error = float(errors[np.arange(n), choice].sum())
-    gap = 1 - bound / error if error > 0 else 0.0
-    return Allocation(choice, error, gap if gap > TOLERANCE else 0.0)
+    chosen = objective[np.arange(n), choice]
+    choice = used[(objective[:, used] <= chosen[:, None]).argmax(axis=1)]
+    value = total(objective, choice)
+    return Allocation(choice, total(errors, choice), value, min(bound, value))
 
 
 def _solve_scip(
-    errors: np.ndarray, cost: np.ndarray, capacity: int, max_active: int
+    errors: np.ndarray, cost: np.ndarray, capacity: int, max_active: int, free: int | None
 ) -> tuple[np.ndarray, float] | None:
-    """Eq. 8 literally, by CVXPY and SCIP; arguments and result as those of `knapsack.solve`."""
+    """Eq. 8 literally, by CVXPY and SCIP; arguments and result as those of `active.solve`."""
     try:
         import cvxpy
         import pyscipopt  # noqa: F401
@@ -118,15 +138,16 @@ def _solve_scip(
     n, widths = errors.shape
     # SCIP's tolerances are absolute; a power of two leaves every comparison as it is.
     scale = 2.0 ** (20 - math.frexp(errors.max())[1])
+    counts = np.array([column != free for column in range(widths)], dtype=np.int64)
     chosen = cvxpy.Variable((n, widths), boolean=True)
-    active = cvxpy.Variable(widths, boolean=True)
+    used = cvxpy.Variable(widths, boolean=True)
     problem = cvxpy.Problem(
         cvxpy.Minimize(cvxpy.sum(cvxpy.multiply(errors * scale, chosen))),
         [
             cvxpy.sum(chosen @ cost) <= capacity,
             cvxpy.sum(chosen, axis=1) == 1,
-            chosen <= cvxpy.reshape(active, (1, widths), order="C"),
-            cvxpy.sum(active) <= max_active,
+            chosen <= cvxpy.reshape(used, (1, widths), order="C"),
+            counts @ used <= max_active,
         ],
     )
     problem.solve(solver=cvxpy.SCIP, scip_params=dict(SCIP_PARAMETERS))

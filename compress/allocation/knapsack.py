@@ -1,4 +1,4 @@
-"""Eq. 8 as what it is: a multiple-choice knapsack for every set of widths that may be active, solved exactly.
+"""A multiple-choice knapsack, solved exactly: a column for each row, under one budget.
 
 With the budget as a penalty (a Lagrange multiplier) the choice of each direction is independent of the
 others, and the best multiplier bounds the optimum from below, usually to many digits. Only few directions are
@@ -9,7 +9,7 @@ undecided between that bound and the best known solution; dynamic programming ov
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import pairwise
 
 import numpy as np
 
@@ -29,54 +29,6 @@ class Relaxation:
     choice: np.ndarray  # int64 [n]: fits, and is optimal for what it costs
 
 
-def solve(
-    errors: np.ndarray, cost: np.ndarray, capacity: int, max_active: int
-) -> tuple[np.ndarray, float] | None:
-    """The column of each row with the least sum of errors, and a lower bound of that sum.
-
-    ``errors`` float64 [n, B], at least 0; ``cost`` int64 [B], that of a column in any row. At most
-    ``capacity`` is spent, and at most ``max_active`` columns are used. Returns int64 [n] and the bound, which
-    equals the sum but for float64 rounding, unless MAX_STATES was not enough. None where nothing fits.
-    """
-    n, widths = errors.shape
-    subsets = [
-        list(subset)
-        for subset in combinations(np.argsort(cost, kind="stable").tolist(), min(max_active, widths))
-        if n * cost[subset[0]] <= capacity
-    ]
-    if not subsets:
-        return None
-    everything = np.argsort(cost, kind="stable")
-    multiplier = relax(errors[:, everything], cost[everything], capacity).multiplier
-    # Any multiplier gives a bound: this one's order the subsets and discards most of them at once.
-    penalised = errors + multiplier * cost
-    bounds = [penalised[:, subset].min(axis=1).sum() - multiplier * capacity for subset in subsets]
-    best, best_error = np.zeros(n, dtype=np.int64), np.inf  # of columns, and its sum of errors
-    relaxations: list[tuple[list[int], Relaxation]] = []
-    for index in np.argsort(bounds, kind="stable"):
-        if bounds[index] >= best_error:
-            break
-        subset = subsets[index]
-        part = errors[:, subset]
-        relaxation = relax(part, cost[subset], capacity)
-        relaxations.append((subset, relaxation))
-        choice = fill(part, cost[subset], capacity, relaxation.choice)
-        error = _total(part, choice)
-        if error < best_error:
-            best, best_error = np.array(subset)[choice], error
-    bound = best_error
-    for subset, relaxation in sorted(relaxations, key=lambda pair: pair[1].value):
-        if relaxation.value >= best_error * (1 - EPSILON):
-            break
-        part = errors[:, subset]
-        better, proved = close_gap(part, cost[subset], capacity, relaxation, best_error)
-        if better is not None:
-            best, best_error = np.array(subset)[better], _total(part, better)
-        if not proved:
-            bound = min(bound, relaxation.value)
-    return best, min(bound, best_error)
-
-
 def relax(errors: np.ndarray, cost: np.ndarray, capacity: int) -> Relaxation:
     """The best Lagrange multiplier of a knapsack; ``cost`` ascends, its first entry fits for all rows.
 
@@ -87,13 +39,13 @@ def relax(errors: np.ndarray, cost: np.ndarray, capacity: int) -> Relaxation:
 
     def line(multiplier: float) -> tuple[np.ndarray, float, int]:
         choice = (errors + multiplier * cost).argmin(axis=1)
-        return choice, _total(errors, choice), int(cost[choice].sum())
+        return choice, total(errors, choice), int(cost[choice].sum())
 
     choice, low_error, low_cost = line(0.0)
     if low_cost <= capacity:
         return Relaxation(0.0, low_error, choice)
     fitting = np.zeros(len(errors), dtype=np.int64)
-    high_error, high_cost = _total(errors, fitting), int(cost[fitting].sum())
+    high_error, high_cost = total(errors, fitting), int(cost[fitting].sum())
     while True:
         multiplier = (high_error - low_error) / (low_cost - high_cost)
         choice, error, spent = line(multiplier)
@@ -125,50 +77,83 @@ def close_gap(
 
     Every choice has the error  bound + its regrets + multiplier * unspent capacity, where a row's regret is
     its penalised error less the row's smallest. A better choice keeps the last two terms below
-    best_error - bound: that leaves most rows one column, and few combinations of the others.
+    best_error - bound: that leaves few changes of the choice without regrets, cheap ones first.
     """
-    multiplier = relaxation.multiplier
+    multiplier, room = relaxation.multiplier, best_error - relaxation.value
     penalised = errors + multiplier * cost
     choice = penalised.argmin(axis=1)
-    regrets = penalised - penalised.min(axis=1, keepdims=True)
-    room = best_error - relaxation.value
-    undecided = np.flatnonzero((regrets < room).sum(axis=1) > 1)
-    options = [np.flatnonzero(regrets[row] < room) for row in undecided]
-    changes = [cost[option] - cost[choice[row]] for row, option in zip(undecided, options, strict=True)]
-    # The least and the most that the rows still to come can add to the cost.
-    least = np.cumsum([0] + [change.min() for change in changes[::-1]])[::-1]
-    most = np.cumsum([0] + [change.max() for change in changes[::-1]])[::-1]
-    left = capacity - int(cost[choice].sum())  # what the states below may add to the cost; may be negative
+    changes = _Changes(penalised - penalised.min(axis=1, keepdims=True), cost - cost[choice][:, None], room)
+    # States are sets of changes: what they add to the cost, ascending, and their regrets.
     spent, regret = np.zeros(1, dtype=np.int64), np.zeros(1)
-    history: list[tuple[np.ndarray, np.ndarray]] = []
+    left = capacity - int(cost[choice].sum())  # what they may add at most; negative where they have to save
+    history: list[tuple[np.ndarray, np.ndarray]] = []  # of each step's states, parent and change (-1: none)
+    best: tuple[int, int] | None = None  # step and state
+    if left >= 0 and multiplier * left < room:
+        best, room = (0, 0), multiplier * left
     states = 0
-    for step, (row, option, change) in enumerate(zip(undecided, options, changes, strict=True), start=1):
-        parent = np.repeat(np.arange(len(spent), dtype=np.int64), len(option))
-        column = np.tile(option.astype(np.int8), len(spent))
-        spent = (spent[:, None] + change).ravel()
-        regret = (regret[:, None] + regrets[row, option]).ravel()
-        unspent = np.maximum(left - spent - most[step], 0)
-        kept = np.flatnonzero((spent + least[step] <= left) & (regret + multiplier * unspent < room))
+    for step, (start, end) in enumerate(changes.steps()):
+        unspent = left - spent
+        up, down = min(multiplier, changes.up[start]), changes.down[start]
+        bound = regret + np.where(unspent > 0, unspent * up, -unspent * down)
+        kept = np.flatnonzero((bound < room) & (regret + changes.regret[start] < room))
+        if not len(kept):
+            break
+        options = np.arange(start - 1, end)
+        options[0] = -1
+        more, worse = changes.cost[start:end, None], changes.regret[start:end, None]
+        spent = np.concatenate((spent[kept], (spent[kept] + more).ravel()))
+        regret = np.concatenate((regret[kept], (regret[kept] + worse).ravel()))
         # Of two states the one with less cost and less error stays.
-        kept = kept[np.lexsort((regret[kept], spent[kept]))]
-        error = regret[kept] - multiplier * spent[kept]
-        kept = kept[error < np.concatenate(([np.inf], np.minimum.accumulate(error)[:-1]))]
-        spent, regret = spent[kept], regret[kept]
-        history.append((parent[kept], column[kept]))
-        states += len(kept)
+        order = np.argsort(spent, kind="stable")
+        spent, regret = spent[order], regret[order]
+        error = regret - multiplier * spent
+        good = np.concatenate(([True], error[1:] < np.minimum.accumulate(error)[:-1]))
+        good[:-1] &= (spent[1:] != spent[:-1]) | ~good[1:]
+        order, spent, regret = order[good], spent[good], regret[good]
+        history.append((kept[order % len(kept)], options[order // len(kept)]))
+        states += len(order)
         if states > MAX_STATES:
             return None, False
-        if not len(kept):
-            return None, True
-    final = regret + multiplier * (left - spent)
-    state = int(final.argmin())
-    if final[state] >= room:
+        last = int(np.searchsorted(spent, left, side="right"))
+        if last:  # of the states that fit, the one that spends most has the least error
+            final = float(regret[last - 1] + multiplier * (left - spent[last - 1]))
+            if final < room:
+                best, room = (step + 1, last - 1), final
+    if best is None:
         return None, True
-    for row, (parent, column) in zip(undecided[::-1], history[::-1], strict=True):
-        choice[row] = column[state]
-        state = parent[state]
+    step, state = best
+    for parents, taken in history[:step][::-1]:
+        change = taken[state]
+        if change >= 0:
+            choice[changes.row[change]] = changes.column[change]
+        state = parents[state]
     return choice, True
 
 
-def _total(errors: np.ndarray, choice: np.ndarray) -> float:
+class _Changes:
+    """What a better choice may do other than the choice without regrets: by row, least regrets first."""
+
+    def __init__(self, regrets: np.ndarray, costs: np.ndarray, room: float) -> None:
+        allowed = np.where(costs != 0, regrets, np.inf)
+        row, column = np.nonzero(allowed < room)
+        regret, first = allowed[row, column], allowed.min(axis=1)[row]
+        order = np.lexsort((regret, row, first))
+        self.row, self.column, self.regret = row[order], column[order], regret[order]
+        self.cost = costs[self.row, self.column]
+        # The least regret per unit of cost, added or saved, among a change and all after it.
+        per_unit = self.regret / np.abs(self.cost)
+        for name, mine in (("up", self.cost > 0), ("down", self.cost < 0)):
+            ratio = np.where(mine, per_unit, room)  # costs are whole units: as good as infinite
+            setattr(self, name, np.minimum.accumulate(ratio[::-1])[::-1])
+
+    up: np.ndarray
+    down: np.ndarray
+
+    def steps(self) -> list[tuple[int, int]]:
+        """First and last + 1 of each row's changes."""
+        ends = [*(np.flatnonzero(np.diff(self.row)) + 1).tolist(), len(self.row)]
+        return list(pairwise([0, *ends])) if len(self.row) else []
+
+
+def total(errors: np.ndarray, choice: np.ndarray) -> float:
     return float(errors[np.arange(len(errors)), choice].sum())

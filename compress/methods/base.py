@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 
+from vllm_prinmix.compress.allocation.budgets import Curve
 from vllm_prinmix.compress.quantization.hessian import Hessian
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.kernels.quantized import QuantizedFactors, QuantizedMatrix
@@ -40,6 +42,14 @@ class Method(ABC):
         `least_bytes` are more. The report has "error": ||dW X - dW^ X||^2 / ||dW X||^2 on the calibration
         inputs X.
         """
+
+    def curve(self, dw: torch.Tensor, hessian: Hessian, budgets: Sequence[int]) -> Curve | None:
+        """The error to be expected of `compress` at each of ``budgets`` (bytes, ascending).
+
+        It decides how matrices share bytes (`allocation.budgets`). None where the method cannot tell
+        without compressing.
+        """
+        return None
 
     @abstractmethod
     def least_bytes(self, rows: int, cols: int) -> int:
@@ -76,6 +86,12 @@ def check_at_least_one(option: str, value: int) -> None:
     """Raises PrinMixError for a number below 1."""
     if value < 1:
         raise PrinMixError("the number is too small", where=option, found=value, expected="at least 1")
+
+
+def check_not_negative(option: str, value: float) -> None:
+    """Raises PrinMixError for a number below 0, infinity and NaN."""
+    if not 0 <= value < float("inf"):
+        raise PrinMixError("the number is out of range", where=option, found=value, expected="0 or more")
 
 
 def require_directions(factors: QuantizedFactors, dw: torch.Tensor, options: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,13 +10,20 @@ import torch
 
 from vllm_prinmix.compress.allocation.allocate import SOLVERS, allocate
 from vllm_prinmix.compress.measure import ROWS, activation_error, factors_error
-from vllm_prinmix.compress.methods.base import Method, check_at_least_one, check_bits, require_directions
+from vllm_prinmix.compress.methods.base import (
+    Method,
+    check_at_least_one,
+    check_bits,
+    check_not_negative,
+    require_directions,
+)
 from vllm_prinmix.compress.quantization.gptq import gptq
 from vllm_prinmix.compress.quantization.grid import dequantize, minmax_grid
 from vllm_prinmix.compress.quantization.hessian import Hessian, require_finite
 from vllm_prinmix.compress.quantization.rtc import correct_target
 from vllm_prinmix.compress.quantization.svd import thin_svd
 from vllm_prinmix.compress.quantization.threads import one_thread_if_small
+from vllm_prinmix.compress.stopwatch import Stopwatch
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.kernels.packing import ALIGNMENT, DIRECTION_BYTES, factors_bytes, row_bytes
 from vllm_prinmix.kernels.quantized import MAX_BITS, QuantizedFactors
@@ -42,13 +48,15 @@ class Paper(Method):
     max_active_bits: int = MAX_ACTIVE_BITS
     solver: str = "scip"
     rtc: bool = True
+    rank_penalty: float = 0.0  # see `allocate`: fewer directions with more bits
     u_bits: int = 0
 
     def check(self) -> None:
         check_bits("--bits", self.bits)
+        check_at_least_one("--max-active-bits", self.max_active_bits)
+        check_not_negative("--rank-penalty", self.rank_penalty)
         if not 0 <= self.u_bits <= MAX_BITS:
             raise PrinMixError("no width of U", found=self.u_bits, expected=f"0 (as V's) to {MAX_BITS}")
-        check_at_least_one("--max-active-bits", self.max_active_bits)
         if self.solver not in SOLVERS:
             raise PrinMixError(
                 "unknown solver", where="--solver", found=self.solver, expected=" or ".join(SOLVERS)
@@ -70,6 +78,7 @@ class Paper(Method):
             max_active_bits=self.max_active_bits,
             solver=self.solver,
             rtc=self.rtc,
+            rank_penalty=self.rank_penalty,
             u_bits=self.u_bits,
         )
         require_directions(
@@ -103,14 +112,16 @@ def compress_factors(
     max_active_bits: int = MAX_ACTIVE_BITS,
     solver: str = "scip",
     rtc: bool = True,
+    rank_penalty: float = 0.0,
     u_bits: int = 0,
 ) -> tuple[QuantizedFactors, FactorsReport]:
     """Algorithm 1 on one module: dW ~= U^ diag(S) V^ in at most ``budget_bytes`` payload bytes.
 
     ``dw`` float32 [rows, cols]; ``hessian`` H = X X^T of the module's inputs, float32 [cols, cols] or its
-    diagonal [cols] (a `Hessian` is factorised once for all modules that share it). ``solver``: see
-    `allocate`. Without ``rtc`` U is quantized as it is (the paper's Table 5). ``u_bits`` is one width for all
-    of U, 0: V's. Works on the device of ``dw``; the same inputs and thread count give the same result.
+    diagonal [cols] (a `Hessian` is factorised once for all modules that share it). ``solver`` and
+    ``rank_penalty``: see `allocate`. Without ``rtc`` U is quantized as it is (the paper's Table 5).
+    ``u_bits`` is one width for all of U, 0: as V's. Works on the device of ``dw``; the same inputs and
+    thread count give the same result.
 
     Directions come sorted by width, widest first, then by singular value. There are none where dW is zero
     or the budget does not reach for one: whether that is an error is the caller's to decide. Inputs that
@@ -140,7 +151,9 @@ def compress_factors(
             "weights and calibration inputs differ in width", found=f"{cols} columns", expected=hessian.size
         )
     with one_thread_if_small(max(rows, cols)):
-        return _algorithm_1(dw, hessian, budget_bytes, candidate_bits, max_active_bits, solver, rtc, u_bits)
+        return _algorithm_1(
+            dw, hessian, budget_bytes, candidate_bits, max_active_bits, solver, rtc, rank_penalty, u_bits
+        )
 
 
 def _algorithm_1(
@@ -151,11 +164,12 @@ def _algorithm_1(
     max_active_bits: int,
     solver: str,
     rtc: bool,
+    rank_penalty: float,
     u_bits: int,
 ) -> tuple[QuantizedFactors, FactorsReport]:
     """`compress_factors` on checked arguments."""
     rows, cols = dw.shape
-    watch = _Stopwatch()
+    watch = Stopwatch()
     u, sigma, v = thin_svd(dw)
     watch.lap("svd")
     errors = simulate(v, sigma, hessian, candidate_bits)
@@ -163,7 +177,7 @@ def _algorithm_1(
     cost = [direction_bytes(bits, rows, cols, u_bits) for bits in candidate_bits]
     # Codes come in multiples of ALIGNMENT, so a payload padded to it fits where the unpadded one does.
     budget = budget_bytes // ALIGNMENT * ALIGNMENT
-    allocation = allocate(errors.numpy(), cost, budget, max_active_bits, solver)
+    allocation = allocate(errors.numpy(), cost, budget, max_active_bits, solver, rank_penalty=rank_penalty)
     watch.lap("allocate")
 
     widths = torch.tensor(candidate_bits)[torch.from_numpy(allocation.choice)]
@@ -244,16 +258,3 @@ def simulate(
 def direction_bytes(bits: int, rows: int, cols: int, u_bits: int = 0) -> int:
     """B of Eq. 8: bytes of one direction, scale and zero points included; ``u_bits`` 0: U as wide as V."""
     return row_bytes(bits, cols) + row_bytes(u_bits or bits, rows) + DIRECTION_BYTES if bits else 0
-
-
-class _Stopwatch:
-    """Seconds between laps, added up by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
-        self._last = now

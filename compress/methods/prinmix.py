@@ -8,20 +8,32 @@ V are fitted to each other again as long as that lowers the error.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
-from vllm_prinmix.compress.allocation.pairs import choose_pairs
-from vllm_prinmix.compress.measure import activation_error
-from vllm_prinmix.compress.methods.base import Method, check_at_least_one, check_bits, require_directions
+from vllm_prinmix.compress.allocation.allocate import Allocation
+from vllm_prinmix.compress.allocation.budgets import Curve
+from vllm_prinmix.compress.allocation.pairs import Pair, choose_pairs
+from vllm_prinmix.compress.measure import ROWS, activation_error
+from vllm_prinmix.compress.methods.base import (
+    Method,
+    check_at_least_one,
+    check_bits,
+    check_not_negative,
+    require_directions,
+)
+from vllm_prinmix.compress.quantization.best_grid import quantize_best, simulate
 from vllm_prinmix.compress.quantization.gptq import gptq
-from vllm_prinmix.compress.quantization.grid import Grid, clipped_grids, dequantize, minmax_grid, quantize
+from vllm_prinmix.compress.quantization.grid import Grid, dequantize
 from vllm_prinmix.compress.quantization.hessian import Hessian
-from vllm_prinmix.compress.quantization.rtc import correct_target
+from vllm_prinmix.compress.quantization.rtc import corrected, normal_equations
 from vllm_prinmix.compress.quantization.svd import thin_svd
 from vllm_prinmix.compress.quantization.whiten import whitened_svd
+from vllm_prinmix.compress.stopwatch import Stopwatch
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.kernels.packing import ALIGNMENT, factors_bytes
 from vllm_prinmix.kernels.quantized import QuantizedFactors
@@ -37,15 +49,17 @@ class PrinMix(Method):
     name: ClassVar[str] = "prinmix"
     summary: ClassVar[str] = "both errors in the objective, widths of their own for V and U, fitted scales"
     steps: ClassVar[tuple[str, ...]] = (
-        "joint_objective", "separate_widths", "whitening", "clipping", "refit_scales", "alternations"
+        "joint_objective", "separate_widths", "whitening", "clipping", "rtc", "refit_scales", "alternations"
     )  # fmt: skip
 
     bits: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 8)
     max_active_bits: int = 6
+    rank_penalty: float = 0.0  # see `allocate`: fewer directions with more bits
     joint_objective: bool = True  # U's error counts too
     separate_widths: bool = True  # of V and U
     whitening: bool = True
     clipping: bool = True  # grids other than min-max
+    rtc: bool = True  # U fitted to the quantized V (Eq. 7)
     refit_scales: bool = True
     alternations: int = 2
 
@@ -57,6 +71,7 @@ class PrinMix(Method):
     def check(self) -> None:
         check_bits("--bits", self.bits)
         check_at_least_one("--max-active-bits", self.max_active_bits)
+        check_not_negative("--rank-penalty", self.rank_penalty)
         if 0 not in self.bits:
             raise PrinMixError(
                 "directions that are not worth their bytes need the width 0",
@@ -76,189 +91,176 @@ class PrinMix(Method):
         require_directions(factors, dw, f"--bits {','.join(map(str, self.bits))}")
         return factors, report
 
+    def curve(self, dw: torch.Tensor, hessian: Hessian, budgets: Sequence[int]) -> Curve:
+        dw = dw.float()
+        directions = _Directions(dw, hessian, max(budgets), self, Stopwatch())
+        total = sum(float(hessian.damped_norm(part).sum()) for part in dw.split(ROWS))
+        cut = total - float(directions.weight.sum())  # by the SVD, whatever the widths
+        errors = [directions.choose(budget)[1].error + cut for budget in budgets]
+        return Curve(budgets, [error / total if total else 0.0 for error in errors])
+
 
 def compress_jointly(
-    dw: torch.Tensor, hessian: Hessian, budget_bytes: int, steps: PrinMix | None = None
+    dw: torch.Tensor,
+    hessian: Hessian,
+    budget_bytes: int,
+    steps: PrinMix | None = None,
+    watch: Stopwatch | None = None,
 ) -> tuple[QuantizedFactors, dict[str, float]]:
     """dW ~= U^ diag(s) V^ in at most ``budget_bytes`` payload bytes, and the errors on the way.
 
     ``dw`` float32 [rows, cols]; errors are ||dW X - dW^ X||^2 / ||dW X||^2 on calibration data. Directions
     come sorted by widths, then by singular value. The same inputs and thread count give the same result.
+    ``watch`` learns the time of each stage.
     """
-    steps = steps or PrinMix()
+    steps, watch = steps or PrinMix(), watch or Stopwatch()
     dw = dw.float()
-    rows, cols = dw.shape
-    if steps.whitening:
-        u, sigma, v = whitened_svd(dw, hessian)
-    else:
-        u, sigma, v = thin_svd(dw)
-    keep = _useful(len(sigma), rows, cols, budget_bytes)
-    if not keep:
-        return QuantizedFactors.empty(rows, cols, dw.device), {"error": 0.0}
-    u, sigma, v = u[:, :keep], sigma[:keep], v[:keep]
-    weight = sigma.double() ** 2 * hessian.norm(v)  # v_i H v_i^T S_i^2: what U's column i is worth
-    v_errors = torch.stack([_best(v, hessian, b, steps)[0] for b in steps.widths], dim=1)
-    v_errors *= sigma.double()[:, None] ** 2
-    euclid = Hessian(torch.ones(rows, device=dw.device))
-    u_rows = u.T.contiguous()
-    u_errors = torch.stack([_best(u_rows, euclid, b, steps)[0] for b in steps.widths], dim=1)
-    u_errors *= weight[:, None]
-    if not steps.joint_objective:
-        u_errors.zero_()
-    budget = budget_bytes // ALIGNMENT * ALIGNMENT
-    pairs = choose_pairs(
-        v_errors.cpu().numpy(),
-        u_errors.cpu().numpy(),
-        weight.cpu().numpy(),
-        steps.widths,
-        rows,
-        cols,
-        budget,
-        steps.max_active_bits,
-        separate=steps.separate_widths,
-    )
+    directions = _Directions(dw, hessian, budget_bytes, steps, watch)
+    pairs, allocation = directions.choose(budget_bytes)
+    watch.lap("allocate", dw.device)
     chosen = [(pair, i) for i, pair in enumerate(pairs) if pair is not None]
     if not chosen:
-        return QuantizedFactors.empty(rows, cols, dw.device), {"error": 1.0 if dw.any() else 0.0}
+        return QuantizedFactors.empty(dw.shape[0], dw.shape[1], dw.device), {"error": float(bool(dw.any()))}
     chosen.sort(key=lambda entry: (-entry[0].v, -entry[0].u, entry[1]))
     index = torch.tensor([i for _, i in chosen], device=dw.device)
     v_bits = torch.tensor([pair.v for pair, _ in chosen], dtype=torch.uint8, device=dw.device)
     u_bits = torch.tensor([pair.u for pair, _ in chosen], dtype=torch.uint8, device=dw.device)
-    u, sigma, v = u[:, index], sigma[index], v[index]
-    best = _quantize(dw, hessian, u, sigma, v, v_bits, u_bits, steps)
-    error = activation_error(dw, best.dense(), hessian)
-    errors = {"error_first": error}
+    u, sigma, v = directions.u[:, index], directions.sigma[index], directions.v[index]
+    fit = _Fit(dw, hessian, v_bits, u_bits, steps)
+    best, error = fit.quantize(u, sigma, v)
+    first = error
+    watch.lap("quantize", dw.device)
     for _ in range(steps.alternations):
-        again = _alternate(dw, hessian, best, v_bits, u_bits, steps)
-        new = activation_error(dw, again.dense(), hessian)
+        again, new = fit.quantize(*fit.refit_v(best))
         if not new < error:
             break
         best, error = again, new
-    return best, {**errors, "error": error}
+    watch.lap("alternate", dw.device)
+    measured = activation_error(dw, best.dense(), hessian)
+    watch.lap("report", dw.device)
+    return best, {
+        "error_first": first,
+        "error": measured,
+        "solver_gap": allocation.gap,
+        "solver_bound": allocation.bound / (float(directions.weight.sum()) or 1),
+    }
 
 
-def _useful(directions: int, rows: int, cols: int, budget_bytes: int) -> int:
+class _Directions:
+    """The singular directions of a matrix that ``most_bytes`` can hold, and what their widths cost."""
+
+    def __init__(
+        self, dw: torch.Tensor, hessian: Hessian, most_bytes: int, steps: PrinMix, watch: Stopwatch
+    ) -> None:
+        self.steps, self.shape = steps, dw.shape
+        most = _useful(dw.shape[0], dw.shape[1], most_bytes)
+        svd = whitened_svd(dw, hessian, most) if steps.whitening else thin_svd(dw, most)
+        self.u, self.sigma, self.v = svd
+        watch.lap("svd", dw.device)
+        # The error of leaving a direction out.
+        self.weight = self.sigma.double() ** 2 * hessian.damped_norm(self.v)
+        v_shares = simulate(self.v, hessian, steps.widths, clipping=steps.clipping)
+        u_rows = self.u.T.contiguous()
+        u_shares = simulate(u_rows, _euclid(self.u), steps.widths, clipping=steps.clipping)
+        self.v_errors = v_shares * self.weight[:, None]
+        self.u_errors = u_shares * self.weight[:, None] * steps.joint_objective
+        watch.lap("simulate", dw.device)
+
+    def choose(self, budget_bytes: int) -> tuple[list[Pair | None], Allocation]:
+        """The widths of each direction within the budget."""
+        if not len(self.weight):
+            return [], Allocation(np.zeros(0, dtype=np.int64), 0.0, 0.0, 0.0)
+        return choose_pairs(
+            self.v_errors.cpu().numpy(),
+            self.u_errors.cpu().numpy(),
+            self.weight.cpu().numpy(),
+            bits=self.steps.widths,
+            rows=self.shape[0],
+            cols=self.shape[1],
+            budget_bytes=budget_bytes // ALIGNMENT * ALIGNMENT,
+            max_classes=self.steps.max_active_bits,
+            separate=self.steps.separate_widths,
+            rank_penalty=self.steps.rank_penalty,
+        )
+
+
+def _useful(rows: int, cols: int, budget_bytes: int) -> int:
     """Directions that a budget can hold at all, at one bit each."""
-    return min(directions, budget_bytes * 8 // (rows + cols) + 1)
+    return min(rows, cols, budget_bytes * 8 // (rows + cols) + 1)
 
 
-def _best(
-    vectors: torch.Tensor, hessian: Hessian, bits: int, steps: PrinMix
-) -> tuple[torch.Tensor, torch.Tensor, Grid]:
-    """Each row of ``vectors`` (float32 [n, K]) quantized on the best of its grids, scale refitted.
-
-    Returns the errors d H d^T float64 [n], codes uint8 [n, K] and grids.
-    """
-    grids = clipped_grids(vectors, bits) if steps.clipping else [_minmax(vectors, bits)]
-    errors = codes = None
-    scale = zero = grids[0].scale
-    for grid in grids:
-        found = quantize(vectors, grid) if hessian.is_diagonal else gptq(vectors, hessian, grid)
-        refitted = _refit(vectors, found, grid, hessian) if steps.refit_scales else grid
-        error = hessian.norm(vectors - dequantize(found, refitted))
-        if errors is None or codes is None:
-            errors, codes, scale, zero = error, found, refitted.scale, refitted.zero
-            continue
-        better = error < errors
-        errors = torch.where(better, error, errors)
-        codes = torch.where(better[:, None], found, codes)
-        scale = torch.where(better, refitted.scale, scale)
-        zero = torch.where(better, refitted.zero, zero)
-    assert errors is not None
-    assert codes is not None
-    return errors, codes, Grid(scale, zero, grids[0].bits)
+def _euclid(u: torch.Tensor) -> Hessian:
+    """The metric of U's columns, [rows] for ``u`` [rows, n]: all outputs count the same."""
+    return Hessian(torch.ones(len(u), device=u.device))
 
 
-def _minmax(vectors: torch.Tensor, bits: int) -> Grid:
-    width = torch.full((len(vectors),), bits, dtype=torch.uint8, device=vectors.device)
-    return minmax_grid(vectors, width)
+class _Fit:
+    """Directions of given widths fitted to one matrix."""
 
+    def __init__(
+        self,
+        dw: torch.Tensor,
+        hessian: Hessian,
+        v_bits: torch.Tensor,
+        u_bits: torch.Tensor,
+        steps: PrinMix,
+    ) -> None:
+        self.dw, self.hessian, self.steps = dw, hessian, steps
+        self.v_bits, self.u_bits = v_bits, u_bits
+        self.total = sum(float(hessian.norm(part).sum()) for part in dw.split(ROWS))
 
-def _refit(vectors: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: Hessian) -> Grid:
-    """The scale of each vector that is best for its codes, in closed form: <w, q>_H / <q, q>_H."""
-    q = codes.float() - grid.zero.float()[:, None]
-    weighted = hessian.times(q)
-    over, under = (weighted * vectors).sum(1), (weighted * q).sum(1)
-    scale = torch.where((under > 0) & (over > 0), over / under, grid.scale)
-    return Grid(scale, grid.zero, grid.bits)
+    def quantize(
+        self, u: torch.Tensor, sigma: torch.Tensor, v: torch.Tensor
+    ) -> tuple[QuantizedFactors, float]:
+        """V on its grids, U refitted to it (Eq. 7) and quantized, then all scales at once; and the error."""
+        clipping = self.steps.clipping
+        v_codes, v_grid, _ = quantize_best(v, self.hessian, self.v_bits, clipping=clipping)
+        sv = sigma[:, None] * dequantize(v_codes, v_grid)
+        cross, metric = normal_equations(self.dw, sv, self.hessian)
+        target = corrected(u, cross, metric) if self.steps.rtc else u
+        # Which grid a column takes is decided by rounding to nearest; GPTQ then spreads the errors.
+        _, u_grid, _ = quantize_best(target.T.contiguous(), _euclid(u), self.u_bits, clipping=clipping)
+        u_codes = gptq(target, Hessian(metric), u_grid, per_column=True).T.contiguous()
+        scale, error = self._best_scales(u_codes, u_grid, cross, metric)
+        factors = QuantizedFactors(
+            v_codes=v_codes,
+            u_codes=u_codes,
+            v_bits=self.v_bits,
+            u_bits=self.u_bits,
+            scale=v_grid.scale * sigma * scale,
+            v_zero=v_grid.zero,
+            u_zero=u_grid.zero,
+        )
+        return factors, error
 
+    def _best_scales(
+        self, codes: torch.Tensor, grid: Grid, cross: torch.Tensor, metric: torch.Tensor
+    ) -> tuple[torch.Tensor, float]:
+        """U's scales that are best together, a least-squares problem in their number, and the error.
 
-def _each_width(
-    vectors: torch.Tensor, hessian: Hessian, bits: torch.Tensor, steps: PrinMix
-) -> tuple[torch.Tensor, Grid]:
-    """`_best` with a width per row."""
-    codes = torch.empty_like(vectors, dtype=torch.uint8)
-    scale = torch.empty(len(vectors), device=vectors.device)
-    zero = torch.empty(len(vectors), dtype=torch.float16, device=vectors.device)
-    for width in bits.unique().tolist():
-        mine = bits == width
-        _, codes[mine], grid = _best(vectors[mine], hessian, width, steps)
-        scale[mine], zero[mine] = grid.scale, grid.zero
-    return codes, Grid(scale, zero, bits)
+        The entries of its matrix are (u_i . u_j)(s_i v_i H v_j^T s_j), of its right side
+        u_i^T dW H v_i^T s_i, with u in codes less the zero point.
+        """
+        u = codes.float() - grid.zero.float()[:, None]
+        matrix = (u @ u.T).double() * metric.double()
+        right = (u.T * cross).sum(0, dtype=torch.float64)
+        scale = grid.scale.double()
+        if self.steps.refit_scales:
+            norm = matrix.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+            scaled = matrix / norm[:, None] / norm
+            scaled.diagonal().add_(1e-6)
+            scale = scale + torch.linalg.solve(scaled, (right - matrix @ scale) / norm) / norm
+        error = self.total - 2 * float(scale @ right) + float(scale @ matrix @ scale)
+        return scale.float(), error / self.total if self.total else 0.0
 
-
-def _quantize(
-    dw: torch.Tensor,
-    hessian: Hessian,
-    u: torch.Tensor,
-    sigma: torch.Tensor,
-    v: torch.Tensor,
-    v_bits: torch.Tensor,
-    u_bits: torch.Tensor,
-    steps: PrinMix,
-) -> QuantizedFactors:
-    """V on its grids, U refitted to it (Eq. 7) and quantized, then all scales at once."""
-    v_codes, v_grid = _each_width(v, hessian, v_bits, steps)
-    sv = sigma[:, None] * dequantize(v_codes, v_grid)
-    target, metric = correct_target(dw, u, sv, hessian)
-    # Which grid a column takes is decided by rounding to nearest; GPTQ then spreads the errors over columns.
-    euclid = Hessian(torch.ones(len(u), device=u.device))
-    _, u_grid = _each_width(target.T.contiguous(), euclid, u_bits, steps)
-    u_codes = gptq(target, Hessian(metric), u_grid, per_column=True).T.contiguous()
-    factors = QuantizedFactors(
-        v_codes=v_codes,
-        u_codes=u_codes,
-        v_bits=v_bits,
-        u_bits=u_bits,
-        scale=v_grid.scale * sigma * u_grid.scale,
-        v_zero=v_grid.zero,
-        u_zero=u_grid.zero,
-    )
-    return _with_best_scales(dw, hessian, factors) if steps.refit_scales else factors
-
-
-def _with_best_scales(dw: torch.Tensor, hessian: Hessian, factors: QuantizedFactors) -> QuantizedFactors:
-    """The scales of all directions that are best together: a least-squares problem in their number.
-
-    The entries of its matrix are (u_i . u_j)(v_i H v_j^T), of its right side u_i^T dW H v_i^T.
-    """
-    u, v = factors.u(), factors.v()
-    projected = hessian.times(v)
-    matrix = (u @ u.T).double() * (v @ projected.T).double()
-    right = ((u @ dw) * projected).sum(1, dtype=torch.float64)
-    old = factors.scale.double()
-    norm = matrix.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
-    scaled = matrix / norm[:, None] / norm
-    scaled.diagonal().add_(1e-6)
-    change = torch.linalg.solve(scaled, (right - matrix @ old) / norm) / norm
-    return replace(factors, scale=(old + change).float())
-
-
-def _alternate(
-    dw: torch.Tensor,
-    hessian: Hessian,
-    factors: QuantizedFactors,
-    v_bits: torch.Tensor,
-    u_bits: torch.Tensor,
-    steps: PrinMix,
-) -> QuantizedFactors:
-    """V refitted to the quantized U and quantized anew, then U again."""
-    u = factors.u().T * factors.scale  # [rows, n], scales included
-    sizes = u.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny)
-    gram = (u.T @ u).double()
-    norm = gram.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
-    scaled = gram / norm[:, None] / norm
-    scaled.diagonal().add_(0.01)
-    residual = (u.T @ (dw - u @ factors.v())).double()
-    v = factors.v().double() + torch.linalg.solve(scaled, residual / norm[:, None]) / norm[:, None]
-    return _quantize(dw, hessian, u / sizes, sizes, v.float(), v_bits, u_bits, steps)
+    def refit_v(self, factors: QuantizedFactors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(U, S, V) with V refitted to the quantized U, whose columns have length 1."""
+        u = factors.u() * factors.scale[:, None]  # [n, rows], scales included
+        sizes = u.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+        u /= sizes[:, None]
+        gram = (u @ u.T).double()
+        v = factors.v() * sizes[:, None]
+        residual = (u @ self.dw).double() - gram @ v.double()
+        gram.diagonal().add_(0.01)
+        v += torch.linalg.solve(gram, residual).float()
+        return u.T.contiguous(), sizes, v / sizes[:, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_prinmix.compress.quantization.grid import Grid, round_to_grid
+from vllm_prinmix.compress.quantization.grid import Grid
 from vllm_prinmix.compress.quantization.hessian import Hessian, require_finite
 from vllm_prinmix.compress.quantization.threads import one_thread_if_small
 from vllm_prinmix.errors import PrinMixError
@@ -31,6 +31,13 @@ def gptq(weight: torch.Tensor, hessian: Hessian, grid: Grid, *, per_column: bool
     Raises PrinMixError for NaN or infinite weights, a shape that does not fit H, and an H that cannot be
     factorised.
     """
+    return gptq_with_errors(weight, hessian, grid, per_column=per_column)[0]
+
+
+def gptq_with_errors(
+    weight: torch.Tensor, hessian: Hessian, grid: Grid, *, per_column: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gptq`, and the error of each row in the damped metric: float64 [n], at no extra cost."""
     n, size = weight.shape
     if size != hessian.size:
         raise PrinMixError(
@@ -38,35 +45,50 @@ def gptq(weight: torch.Tensor, hessian: Hessian, grid: Grid, *, per_column: bool
         )
     require_finite(weight, "the matrix to be quantized")
     scale, zero, top = (
-        entry.float()[None if per_column else slice(None), slice(None) if per_column else None].expand(
-            n, size
-        )
+        entry.float()[None if per_column else slice(None), slice(None) if per_column else None]
         for entry in (grid.scale, grid.zero, grid.top)
     )
+    # All is done in units of codes: a grid's scale moves into the factor, or is common to a row.
     if hessian.is_diagonal:
-        return round_to_grid(weight, scale, zero, top).to(torch.uint8)
-    order, factor = hessian.feedback
+        units = (weight / scale).add_(zero)
+        codes = units.round().clamp_(min=0)
+        codes = torch.minimum(codes, top)
+        errors = ((units - codes).mul_(scale).square_() * hessian.matrix).sum(1, dtype=torch.float64)
+        return codes.to(torch.uint8), errors
+    order, factor, pivots = hessian.feedback
+    if per_column:
+        scale, zero, top = scale[:, order], zero[:, order], top[:, order]
+        factor = factor * scale.T / scale
+        pivots = pivots * scale[0] ** 2
     codes = torch.empty(n, size, dtype=torch.uint8, device=weight.device)
+    errors = torch.empty(n, dtype=torch.float64, device=weight.device)
     step = CPU_ROWS if weight.device.type == "cpu" else max(1, n)
     for first in range(0, n, step):
         rows = slice(first, first + step)
+        own = slice(None) if per_column else rows
         # A column is a row of these: contiguous, in the order of the factor.
-        columns = weight[rows].T[order]
-        grids = [entry[rows].T[order] if per_column else entry[rows].T for entry in (scale, zero, top)]
-        codes[rows, order] = _sweep(columns, factor, grids).T
-    return codes
+        units = (weight[rows][:, order] / scale[own]).add_(zero[own]).T.contiguous()
+        limit = top[own].T.expand(size, units.shape[1])
+        found, errors[rows] = _sweep(units, factor, pivots, limit)
+        codes[rows, order] = found.T
+    return codes, errors if per_column else errors.mul_(scale[:, 0].double() ** 2)
 
 
-def _sweep(weight: torch.Tensor, factor: torch.Tensor, grids: list[torch.Tensor]) -> torch.Tensor:
-    """Codes uint8 [K, n] of ``weight`` [K, n], visited from the last column to the first.
+def _sweep(
+    weight: torch.Tensor, factor: torch.Tensor, pivots: torch.Tensor, top: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes uint8 [K, n] of ``weight`` [K, n] (in codes), visited from the last column to the first.
 
-    ``factor`` is unit lower triangular [K, K]; ``grids`` are the scale, zero point and top code, [K, n] each.
+    ``factor`` is unit lower triangular [K, K], ``pivots`` [K] its D; ``top`` [K, n] the largest codes.
+    Returns the errors sum_k D_k (..)^2 of each of the n too, float64.
     """
     target = weight.clone()  # w_k + the errors fed back so far
+    codes = torch.empty_like(weight)
     error = torch.empty_like(weight)
-    codes = torch.empty_like(weight, dtype=torch.uint8)
-    _visit(0, weight.shape[0], weight, target, error, codes, factor, grids)
-    return codes
+    lowest = torch.zeros(weight.shape[1], device=weight.device)
+    _visit(0, weight.shape[0], weight, target, error, codes, factor, (lowest, top))
+    missed = target.sub_(codes).square_()
+    return codes.to(torch.uint8), (pivots @ missed).double()
 
 
 def _visit(
@@ -77,7 +99,7 @@ def _visit(
     error: torch.Tensor,
     codes: torch.Tensor,
     factor: torch.Tensor,
-    grids: list[torch.Tensor],
+    range_: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     """Fill ``codes`` and ``error`` of the columns ``start`` to ``stop``, last one first."""
     # A function of its own: a closure that calls itself is a cycle, and would keep its tensors alive until
@@ -85,13 +107,15 @@ def _visit(
     if stop - start > LEAF:
         middle = (start + stop) // 2
         with one_thread_if_small(stop - start):
-            _visit(middle, stop, weight, target, error, codes, factor, grids)
+            _visit(middle, stop, weight, target, error, codes, factor, range_)
             target[start:middle].addmm_(factor[middle:stop, start:middle].T, error[middle:stop])
-            _visit(start, middle, weight, target, error, codes, factor, grids)
+            _visit(start, middle, weight, target, error, codes, factor, range_)
         return
-    scale, zero, top = grids
+    lowest, top = range_
     for k in range(stop - 1, start - 1, -1):
-        code = round_to_grid(target[k], scale[k], zero[k], top[k])
-        codes[k] = code
-        torch.sub(weight[k], code.sub_(zero[k]).mul_(scale[k]), out=error[k])
-        target[start:k].addcmul_(factor[k, start:k, None], error[k, None])
+        code = codes[k]
+        torch.round(target[k], out=code)
+        torch.clamp(code, lowest, top[k], out=code)
+        torch.sub(weight[k], code, out=error[k])
+        if k > start:
+            target[start:k].addcmul_(factor[k, start:k, None], error[k, None])

@@ -55,26 +55,27 @@ def dequantize(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
     return (codes.float() - grid.zero.float()[:, None]) * grid.scale[:, None]
 
 
+CLIPPED_GRIDS = 4  # how many `clipped_grids` gives
 # The half-range of the best uniform grid for normally distributed entries, in standard deviations, by bits
 # (Max, "Quantizing for minimum distortion", 1960, table II, as range of the outermost cells' middles).
 NORMAL_RANGE = {1: 0.798, 2: 1.494, 3: 2.051, 4: 2.514, 5: 2.913, 6: 3.262, 7: 3.576, 8: 3.862}
 
 
-def clipped_grids(vectors: torch.Tensor, bits: int) -> list[Grid]:
-    """Grids for ``vectors`` (float32 [n, length]) at one width that cut off the tails to different extents.
+def clipped_grids(vectors: torch.Tensor, bits: torch.Tensor) -> list[Grid]:
+    """Grids for ``vectors`` (float32 [n, K]) at their ``bits`` (uint8 [n]) that clip the tails differently.
 
     Few bits are better spent on the many entries than on the few large ones, but not in every vector:
     which grid is best is for the caller to find out. The first is `minmax_grid`.
     """
-    width = torch.full((len(vectors),), bits, dtype=torch.uint8, device=vectors.device)
-    widest = minmax_grid(vectors, width)
+    widest = minmax_grid(vectors, bits)
     mean, deviation = vectors.mean(dim=1), vectors.std(dim=1, unbiased=False)
     low, high = vectors.amin(dim=1), vectors.amax(dim=1)
+    normal = torch.tensor([0.0, *NORMAL_RANGE.values()], device=vectors.device)[bits.long()]
     ranges = [(0.8 * low, 0.8 * high)]
     for spread in (1.0, 1.3):
-        reach = spread * NORMAL_RANGE[bits] * deviation
+        reach = spread * normal * deviation
         ranges.append((mean - reach, mean + reach))
-    return [widest, *(_between(low, high, width) for low, high in ranges)]
+    return [widest, *(_between(low, high, bits) for low, high in ranges)]
 
 
 def _between(low: torch.Tensor, high: torch.Tensor, bits: torch.Tensor) -> Grid:

@@ -64,17 +64,30 @@ class Hessian:
         """w_i H w_i^T = ||w_i X||^2 of each row: float32 [n, K] -> float64 [n], at least 0 (Eq. 1)."""
         return self.times(rows).mul_(rows).sum(dim=1, dtype=torch.float64).clamp_(min=0)
 
+    @property
+    def damping(self) -> torch.Tensor:
+        """What GPTQ adds to the diagonal (float32 scalar)."""
+        diagonal = self.matrix if self.is_diagonal else self.matrix.diagonal()
+        return DAMPING * diagonal.mean()
+
+    def damped_norm(self, rows: torch.Tensor) -> torch.Tensor:
+        """w_i (H + damping) w_i^T of each row: float32 [n, K] -> float64 [n]; a diagonal H is not damped."""
+        if self.is_diagonal:
+            return self.norm(rows)
+        return self.norm(rows) + float(self.damping) * rows.square().sum(dim=1, dtype=torch.float64)
+
     @cached_property
-    def feedback(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(order int64 [K], factor float32 [K, K]) of the damped dense H, for `gptq`.
+    def feedback(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(order int64 [K], factor float32 [K, K], pivots float32 [K]) of the damped dense H, for `gptq`.
 
         ``order`` sorts the inputs by their diagonal, smallest first. ``factor`` is lower triangular with
-        unit diagonal: with H reordered, H + damping = F D F^T, D diagonal.
+        unit diagonal: with H reordered, H + damping = F D F^T, D = diag(``pivots``).
         """
         diagonal = self.matrix.diagonal()
         order = torch.argsort(diagonal, stable=True)
-        lower = damped_cholesky(self.matrix[order][:, order], DAMPING * diagonal.mean())
-        return order, lower.div_(lower.diagonal().clone())
+        lower = damped_cholesky(self.matrix[order][:, order], self.damping)
+        roots = lower.diagonal().clone()
+        return order, lower.div_(roots), roots**2
 
 
 def damped_cholesky(matrix: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:

@@ -370,3 +370,16 @@ def test_bad_pairs_are_refused(tmp_path: Path) -> None:
         read_pairs(str(path))
     with pytest.raises(PrinMixError, match="nothing to measure on"):
         Pair("x", "b", "f", "c")
+
+
+def test_pairs_of_benchmarks_pairs_are_read(tmp_path: Path) -> None:
+    common = {"task": "shift", "base": "base", "questions": "test.jsonl", "measured": {}}
+    texts = {"in-domain": "in.txt", "pretraining": "pre.jsonl"}
+    full = common | {"name": "shift", "finetuned": "shift", "calibration": texts, "adapter": None}
+    lora = full | {"name": "lora", "finetuned": "lora/merged", "adapter": "lora/adapter"}
+    (tmp_path / "pairs.json").write_text(json.dumps([full, lora]))
+    (tmp_path / "in.txt").write_text("x")
+    first, second = read_pairs(str(tmp_path))
+    assert (first.lora, second.lora) == ("lora/merged", None)
+    assert (first.calibration, first.calibration_other) == (str(tmp_path / "in.txt"), "pre.jsonl")
+    assert first.of_lora().finetuned == "lora/merged"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_prinmix.compress.allocation import knapsack
+from vllm_prinmix.compress.allocation import active, knapsack
 from vllm_prinmix.compress.allocation.allocate import SOLVERS, allocate
 from vllm_prinmix.errors import PrinMixError
 
@@ -97,7 +97,7 @@ def test_exact_solver_equals_dynamic_programming(spread: float, seed: int) -> No
     cost = np.sort(random.choice(np.arange(1, 40), 5, replace=False))
     errors = np.exp(-cost / 9) * random.lognormal(0, 0.3, (25, 5)) * random.lognormal(0, spread, (25, 1))
     budget = int(random.uniform(1.1, 0.8 * cost[-1] / cost[0]) * 25 * cost[0])
-    choice, bound = knapsack.solve(errors, cost, budget, 3) or (np.zeros(0), 0.0)
+    choice, bound = active.solve(errors, cost, budget, 3) or (np.zeros(0), 0.0)
     assert_valid(choice, errors, cost.tolist(), budget, 3)
     error = errors[np.arange(25), choice].sum()
     assert error == pytest.approx(dynamic_program(errors, cost, budget, 3), rel=1e-12)
@@ -157,10 +157,10 @@ def test_subsets_are_tried_whole() -> None:
 def test_bytes_that_buy_nothing_are_not_spent(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = np.array([[0.0, 0.0, 0.0], [5.0, 1.0, 1.0], [2.0, 2.0, 0.5]])
     wasteful = np.array([2, 2, 2]), 1.5
-    monkeypatch.setattr(knapsack, "solve", lambda *_: wasteful)
+    monkeypatch.setattr(active, "solve", lambda *_: wasteful)
     # Only widths that the solver uses are taken: another one would count against max_active.
     assert allocate(errors, [0, 10, 20], 1_000, 3, "exact").choice.tolist() == [2, 2, 2]
-    monkeypatch.setattr(knapsack, "solve", lambda *_: (np.array([0, 2, 1]), 3.0))
+    monkeypatch.setattr(active, "solve", lambda *_: (np.array([0, 2, 1]), 3.0))
     assert allocate(errors, [0, 10, 20], 1_000, 3, "exact").choice.tolist() == [0, 1, 0]
 
 

@@ -68,7 +68,13 @@ def test_compress_inspect_verify_merge(make_pair: Callable[..., Pair], prinmix: 
     assert code == 0
     assert description["settings"] == {
         "method": "prinmix-paper",
-        "options": {"bits": [0, 2, 8], "max_active_bits": 4, "solver": "exact", "rtc": True},
+        "options": {
+            "bits": [0, 2, 8],
+            "max_active_bits": 4,
+            "solver": "exact",
+            "rtc": True,
+            "rank_penalty": 0.0,
+        },
         "ratio": 0.125,
         "embedding_ratio": 0.25,
     }
