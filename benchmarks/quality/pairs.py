@@ -51,8 +51,8 @@ class Pair:
 def read_pairs(source: str) -> list[Pair]:
     """``demo``, or a JSON file: a list of objects with the fields of `Pair`, paths relative to the file.
 
-    The list of `benchmarks.pairs` is one too: its calibration texts are by domain, and the full fine-tune of a
-    task that a LoRA was trained for gets that as ``lora``. A folder stands for its pairs.json.
+    The list of `benchmarks.pairs` is one too: its calibration texts are by domain, and the full fine-tune of
+    a task that a LoRA was trained for gets that as ``lora``. A folder stands for its pairs.json.
     """
     if source.lower() == DEMO:
         return demo_pairs(DEMO_MODELS)
