@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from benchmarks.quality.pairs import Pair, read_pairs
-from benchmarks.quality.tables import SAME, TABLES
+from benchmarks.quality.tables import OURS, PAPER, SAME, TABLES
 from vllm_prinmix.compress.methods import registry
 from vllm_prinmix.errors import PrinMixError
 
@@ -52,7 +52,7 @@ def choose_tables(text: str) -> list[str]:
 def choose_methods(text: str | None) -> tuple[str, ...]:
     """All methods, ours last, or those of ``text``."""
     if text is None:
-        return tuple(reversed(registry.METHODS))
+        return (*(name for name in registry.METHODS if name not in (PAPER, OURS)), PAPER, OURS)
     return tuple(_known({name: name for name in registry.METHODS}, name, "--methods") for name in words(text))
 
 

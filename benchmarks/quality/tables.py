@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import Any
 
 from benchmarks.quality.pairs import Pair
 from benchmarks.quality.schemes import RowWise
@@ -16,6 +17,8 @@ OURS, PAPER, BEST_BASELINE = "prinmix", "prinmix-paper", "delta-come"
 ACTIVE = (2, 3, 4, 5, 6)  # f_max of Table 4
 SIZES = (16, 32, 64, 128, 256)  # Table 10
 HIGHEST = (4, 5, 6, 7, 8)  # widest candidate, Table 13
+# What stands in for methods that cannot reach 1/16: GPTQ's one bit per weight and grid per row is just more.
+LEAST: dict[str, dict[str, Any]] = {"gptq": {"bits": (1,)}}
 LORA_RATIO = 4  # a LoRA fine-tune's ratio as a part of --ratio, Table 6
 
 TASK, THIRDS, TYPES = "task", "thirds", "types"  # what is shown of each row
@@ -57,6 +60,8 @@ class Choice:
 
     def at(self, method: str, ratio: Fraction | None = None) -> Setting:
         """``method`` at a ratio, by default the chosen one, or at the size that it has of its own."""
+        if method in LEAST and (ratio or self.ratio) <= Fraction(1, 16):
+            return setting(method, None, **LEAST[method])
         return setting(method, None if own_size(method) else ratio or self.ratio)
 
 
