@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.quality.figures import EXACT_MATCH, HELD_OUT, KL, LINEARS, Filled, Line
+from benchmarks.quality.figures import EXACT_MATCH, HELD_OUT, KL, LINEARS, NOTHING, Filled, Line
 from benchmarks.quality.tables import TASK
 from benchmarks.records import write_file
 
@@ -57,7 +57,7 @@ def _task(tables: Sequence[Filled]) -> Figure:
 def _bars(axis: Axes, lines: Sequence[Line], column: str, labels: bool) -> None:
     names = [" ".join(filter(None, line.labels)) for line in lines]
     found = [line.figures.get(column) for line in lines]
-    values = [0.0 if f is None else f.mean for f in found]
+    values = [0.0 if f is None or f.mean < NOTHING else f.mean for f in found]
     deviations = [0.0 if f is None else f.std or 0.0 for f in found]
     colours = [f"C{names_of(lines).index(line.labels[0]) % 10}" for line in lines]
     axis.barh(range(len(lines)), values, xerr=deviations, color=colours, error_kw={"lw": 1})
@@ -100,7 +100,7 @@ def _errors(tables: Sequence[Filled]) -> Figure:
             _bars(axis, filled.lines, column, labels=axis is row[0])
             axis.set_title(column, fontsize=8)
             axis.grid(alpha=0.3)
-        row[0].set_title(f"{filled.pair}; {filled.part}\n{columns[0]}", fontsize=8, loc="left")
+        row[0].set_title(f"{filled.pair}; {filled.part}\n{columns[0]}", fontsize=8)
     return figure
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from benchmarks.quality.figures import ALL, EXACT_MATCH, LINEARS, Figure, Filled
+from benchmarks.quality.figures import ALL, EXACT_MATCH, LINEARS, NOTHING, Figure, Filled
 
 
 def title(filled: Filled) -> str:
@@ -81,6 +81,8 @@ def text_of(column: str, figure: Figure | None) -> str:
 def _number(value: float, digits: int | None, significant: int = 3) -> str:
     if digits is not None:
         return f"{value:.{digits}f}"
+    if abs(value) < NOTHING:
+        return "0"
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.{significant}g}"
 
 

@@ -22,10 +22,14 @@ GRID_BYTES = 6  # of a vector: float32 scale and float16 zero point
 
 @dataclass(frozen=True)
 class Dense:
-    """A change as it is, float32 [rows, cols], and the bytes it would take."""
+    """A change as it is, float32 [rows, cols], and the bytes it would take.
+
+    ``kept``: whether it has to be kept until it is evaluated, not being a model's own.
+    """
 
     weight: torch.Tensor
     bytes: int
+    kept: bool = True
 
     def dense(self) -> torch.Tensor:
         return self.weight
@@ -47,8 +51,8 @@ class Reference:
         self, dw: torch.Tensor, hessian: Hessian, budget_bytes: int | None
     ) -> tuple[Dense, dict[str, Any]]:
         if self.takes_exact:
-            return Dense(dw, 2 * dw.numel()), {"error": 0.0}
-        return Dense(torch.zeros_like(dw), 0), {"error": 1.0}
+            return Dense(dw, 2 * dw.numel(), kept=False), {"error": 0.0}
+        return Dense(torch.zeros_like(dw), 0, kept=False), {"error": 1.0}
 
     def least_bytes(self, rows: int, cols: int) -> int:
         return 2 * rows * cols if self.takes_exact else 0

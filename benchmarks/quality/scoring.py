@@ -37,7 +37,8 @@ class Scorer:
     def __init__(self, material: Material) -> None:
         self.material = material
         self.device = material.limits.device
-        self.model: Any = AutoModelForCausalLM.from_pretrained(material.finetuned.folder, dtype=torch.float32)
+        loader: Any = AutoModelForCausalLM  # transformers' types take `to` for another method
+        self.model = loader.from_pretrained(material.finetuned.folder, dtype=torch.float32)
         self.model.to(self.device).eval()
         self.batches = batches(material.texts)
         self.reference = [torch.log_softmax(logits, dim=-1).cpu() for logits in self._logits()]
@@ -66,21 +67,23 @@ class Scorer:
             "all_dense": 2 * sum(p for _, p in self._numel()),
         }
         errors = {}
-        takes_exact = not isinstance(run.compressor, Reference) or run.compressor.takes_exact
+        reference = run.compressor if isinstance(run.compressor, Reference) else None
+        whole = reference is None or reference.takes_exact  # what is never quantized is the fine-tune's
         for name, parameter in self.model.named_parameters():
-            if name in material.changed and material.is_exact(name) and takes_exact:
-                weight = material.finetuned.load(name, torch.float32)
+            exact, changed = material.is_exact(name), name in material.changed
+            taken = whole and (exact or reference is not None)
+            weight = (material.finetuned if taken else material.base).load(name, torch.float32)
+            if changed and exact and whole:
                 size["all"] += material.finetuned.tensors[name].nbytes
-            else:
-                weight = material.base.load(name, torch.float32)
-                if name in material.changed and not material.is_exact(name):
-                    change, figures = run.work.load(name)
+            elif changed and not exact:
+                change, figures = run.work.load(name)
+                if reference is None:
                     weight += change
-                    taken = figures.pop("bytes")
-                    size["all"] += taken
-                    if material.kinds[name] is Kind.LINEAR:
-                        size["linears"] += taken
-                        errors[name] = figures
+                used = figures.pop("bytes")
+                size["all"] += used
+                if material.kinds[name] is Kind.LINEAR:
+                    size["linears"] += used
+                    errors[name] = figures
             parameter.copy_(weight)
         return size, errors
 

@@ -61,7 +61,7 @@ def pack(change: Change, transposed: bool) -> Packed:
     """``transposed``: ``change`` is that of the matrix's transpose."""
     if isinstance(change, Dense):
         dense = (change.weight.T if transposed else change.weight).contiguous().cpu()
-        return Packed(dense, None, change.bytes, dense)
+        return Packed(dense if change.kept else dense.new_empty(0), None, change.bytes, dense)
     if transposed:
         assert isinstance(change, QuantizedFactors), "see Method.for_embedding"
         change = change.transpose()
@@ -89,7 +89,7 @@ class Work:
         new.replace(self._file(name))
 
     def load(self, name: str) -> tuple[torch.Tensor, dict[str, Any]]:
-        """(dense float32 change, figures)."""
+        """(dense float32 change, or nothing of a reference's; figures)."""
         with safe_open(self._file(name), framework="pt") as file:
             tensor, metadata = file.get_tensor("payload"), file.metadata()
         if "spec" in metadata:
