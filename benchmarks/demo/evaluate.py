@@ -35,7 +35,7 @@ def exact_match(
         alike[len(prompt)].append((prompt, tokenizer(question.sample)["input_ids"][len(prompt) :]))
     right = 0
     for length, pairs in alike.items():  # prompts of one length need no padding
-        prompts = torch.tensor([prompt for prompt, _ in pairs])
+        prompts = torch.tensor([prompt for prompt, _ in pairs], device=generator.device)
         longest = max(len(answer) for _, answer in pairs)
         found = generator.generate(
             prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=longest

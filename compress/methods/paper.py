@@ -35,7 +35,10 @@ SIMULATED_ENTRIES = 1 << 26  # weights quantized in one stacked call; bounds the
 
 @dataclass(frozen=True)
 class Paper(Method):
-    """`compress_factors` as a method; ``max_active_bits`` is f_max, ``rtc`` the correction of U (Eq. 7)."""
+    """`compress_factors` as a method; ``max_active_bits`` is f_max, ``rtc`` the correction of U (Eq. 7).
+
+    ``u_bits`` is one width for all of U (the paper's Table 8); 0: each direction's U is as wide as its V.
+    """
 
     name: ClassVar[str] = "prinmix-paper"
     summary: ClassVar[str] = "Algorithm 1 of the paper"
@@ -46,11 +49,14 @@ class Paper(Method):
     solver: str = "scip"
     rtc: bool = True
     rank_penalty: float = 0.0  # see `allocate`: fewer directions with more bits
+    u_bits: int = 0
 
     def check(self) -> None:
         check_bits("--bits", self.bits)
         check_at_least_one("--max-active-bits", self.max_active_bits)
         check_not_negative("--rank-penalty", self.rank_penalty)
+        if not 0 <= self.u_bits <= MAX_BITS:
+            raise PrinMixError("no width of U", found=self.u_bits, expected=f"0 (as V's) to {MAX_BITS}")
         if self.solver not in SOLVERS:
             raise PrinMixError(
                 "unknown solver", where="--solver", found=self.solver, expected=" or ".join(SOLVERS)
@@ -58,7 +64,7 @@ class Paper(Method):
 
     def least_bytes(self, rows: int, cols: int) -> int:
         narrowest = min(b for b in self.bits if b)
-        return factors_bytes([narrowest], [narrowest], rows, cols)
+        return factors_bytes([narrowest], [self.u_bits or narrowest], rows, cols)
 
     def compress(
         self, dw: torch.Tensor, hessian: Hessian, budget_bytes: int | None
@@ -73,6 +79,7 @@ class Paper(Method):
             solver=self.solver,
             rtc=self.rtc,
             rank_penalty=self.rank_penalty,
+            u_bits=self.u_bits,
         )
         require_directions(
             factors, dw, f"--max-active-bits {self.max_active_bits}, --bits {','.join(map(str, self.bits))}"
@@ -106,13 +113,15 @@ def compress_factors(
     solver: str = "scip",
     rtc: bool = True,
     rank_penalty: float = 0.0,
+    u_bits: int = 0,
 ) -> tuple[QuantizedFactors, FactorsReport]:
     """Algorithm 1 on one module: dW ~= U^ diag(S) V^ in at most ``budget_bytes`` payload bytes.
 
     ``dw`` float32 [rows, cols]; ``hessian`` H = X X^T of the module's inputs, float32 [cols, cols] or its
     diagonal [cols] (a `Hessian` is factorised once for all modules that share it). ``solver`` and
     ``rank_penalty``: see `allocate`. Without ``rtc`` U is quantized as it is (the paper's Table 5).
-    Works on the device of ``dw``; the same inputs and thread count give the same result.
+    ``u_bits`` is one width for all of U, 0: as V's. Works on the device of ``dw``; the same inputs and
+    thread count give the same result.
 
     Directions come sorted by width, widest first, then by singular value. There are none where dW is zero
     or the budget does not reach for one: whether that is an error is the caller's to decide. Inputs that
@@ -143,7 +152,7 @@ def compress_factors(
         )
     with one_thread_if_small(max(rows, cols)):
         return _algorithm_1(
-            dw, hessian, budget_bytes, candidate_bits, max_active_bits, solver, rtc, rank_penalty
+            dw, hessian, budget_bytes, candidate_bits, max_active_bits, solver, rtc, rank_penalty, u_bits
         )
 
 
@@ -156,6 +165,7 @@ def _algorithm_1(
     solver: str,
     rtc: bool,
     rank_penalty: float,
+    u_bits: int,
 ) -> tuple[QuantizedFactors, FactorsReport]:
     """`compress_factors` on checked arguments."""
     rows, cols = dw.shape
@@ -164,7 +174,7 @@ def _algorithm_1(
     watch.lap("svd")
     errors = simulate(v, sigma, hessian, candidate_bits)
     watch.lap("simulate")
-    cost = [direction_bytes(bits, rows, cols) for bits in candidate_bits]
+    cost = [direction_bytes(bits, rows, cols, u_bits) for bits in candidate_bits]
     # Codes come in multiples of ALIGNMENT, so a payload padded to it fits where the unpadded one does.
     budget = budget_bytes // ALIGNMENT * ALIGNMENT
     allocation = allocate(errors.numpy(), cost, budget, max_active_bits, solver, rank_penalty=rank_penalty)
@@ -188,14 +198,15 @@ def _algorithm_1(
         watch.lap("correct U")
         error_rtc = factors_error(dw, u, sv, hessian)
         watch.lap("report")
-        u_grid = minmax_grid(u.T, bits)
+        u_widths = torch.full_like(bits, u_bits) if u_bits else bits.clone()
+        u_grid = minmax_grid(u.T, u_widths)
         u_codes = gptq(u, Hessian(metric), u_grid, per_column=True).T.contiguous()
         watch.lap("quantize U")
         factors = QuantizedFactors(
             v_codes=v_codes,
             u_codes=u_codes,
             v_bits=bits,
-            u_bits=bits.clone(),
+            u_bits=u_widths,
             scale=v_grid.scale * sigma * u_grid.scale,
             v_zero=v_grid.zero,
             u_zero=u_grid.zero,
@@ -244,6 +255,6 @@ def simulate(
     return errors * sigma.double().cpu()[:, None] ** 2
 
 
-def direction_bytes(bits: int, rows: int, cols: int) -> int:
-    """B of Eq. 8: bytes of one direction, V and U at the same width, scale and zero points included."""
-    return row_bytes(bits, cols) + row_bytes(bits, rows) + DIRECTION_BYTES if bits else 0
+def direction_bytes(bits: int, rows: int, cols: int, u_bits: int = 0) -> int:
+    """B of Eq. 8: bytes of one direction, scale and zero points included; ``u_bits`` 0: U as wide as V."""
+    return row_bytes(bits, cols) + row_bytes(u_bits or bits, rows) + DIRECTION_BYTES if bits else 0

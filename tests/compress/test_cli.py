@@ -75,6 +75,7 @@ def test_compress_inspect_verify_merge(make_pair: Callable[..., Pair], prinmix: 
             "solver": "exact",
             "rtc": True,
             "rank_penalty": 0.0,
+            "u_bits": 0,
         },
         "ratio": 0.125,
         "embedding_ratio": 0.25,

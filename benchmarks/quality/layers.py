@@ -1,0 +1,101 @@
+"""The held-out texts' activations, and the calibration's metric, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.quality.material import Material
+from benchmarks.quality.metrics import outliers
+from vllm_prinmix.compress import stream
+from vllm_prinmix.compress.metrics import hessians
+from vllm_prinmix.compress.model import is_tied, layer_prefix
+from vllm_prinmix.compress.quantization.hessian import Hessian
+from vllm_prinmix.format.checkpoint import EMBEDDING
+
+PREFIX = "model.layers."
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Of one linear layer of the fine-tuned model on held-out texts."""
+
+    inputs: torch.Tensor  # float32 [tokens, cols]
+    outliers: torch.Tensor  # bool [tokens, rows]: the largest outputs
+
+
+class Heldout:
+    """Carries held-out texts through the fine-tuned model, one layer at a time and in order."""
+
+    def __init__(self, material: Material) -> None:
+        self.material = material
+        self.hidden = stream.embed(material.finetuned, [text.tokens for text in material.texts])
+        self.next = 0
+
+    def layer(self, index: int) -> dict[str, Activations]:
+        """Activations of all linears of layer ``index`` by name; those that share an input share it."""
+        while self.next < index:
+            self._run(self.next)
+        return self._run(index)
+
+    def _run(self, index: int) -> dict[str, Activations]:
+        assert index == self.next, "layers come in order"
+        model, prefix = self.material.model, layer_prefix(index)
+        seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        hooks = []
+        for name, module in model.model.layers[index].named_modules():
+            if isinstance(module, torch.nn.Linear):
+                pairs = seen.setdefault(f"{prefix}{name}.weight", [])
+                hooks.append(module.register_forward_hook(_keep(pairs)))
+        try:
+            stream.run_layer(
+                model, self.material.finetuned, index, self.hidden, set(), self.material.limits.device
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.next += 1
+        shared: dict[tuple[int, ...], torch.Tensor] = {}
+        found = {}
+        for name, pairs in seen.items():
+            same = tuple(id(x) for x, _ in pairs)
+            if same not in shared:
+                shared[same] = torch.cat([x.reshape(-1, x.shape[-1]) for x, _ in pairs])
+            found[name] = Activations(
+                shared[same], outliers(torch.cat([y.reshape(-1, y.shape[-1]) for _, y in pairs]))
+            )
+        return found
+
+
+def _keep(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., None]:
+    def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        pairs.append((args[0], output))
+
+    return hook
+
+
+def metrics_of(
+    material: Material, samples: list[torch.Tensor], wanted: set[str], tell: Callable[[str], None]
+) -> Iterator[tuple[str, Hessian]]:
+    """(name, metric of its inputs) of all ``wanted`` matrices; without samples all inputs weigh alike."""
+    device = material.limits.device
+    if samples:
+        yield from hessians(material.model, material.finetuned, samples, wanted, device, tell)
+        return
+    for name in material.kinds:
+        if name in wanted:
+            rows, cols = material.shapes[name]
+            yield name, Hessian(torch.ones(rows if transposed(name, material.model) else cols, device=device))
+
+
+def transposed(name: str, model: Any) -> bool:
+    """Whether the matrix is compressed as its transpose: an untied embedding, whose inputs are one-hot."""
+    return name == EMBEDDING and not is_tied(model)
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer that a tensor belongs to."""
+    return int(name.removeprefix(PREFIX).partition(".")[0]) if name.startswith(PREFIX) else None
