@@ -2,7 +2,7 @@
 
     python -m benchmarks.pairs --out build/pairs
 
-Writes OUT/pairs.json: for each pair its name, task, paths, and what `measure` measured.
+Writes OUT/pairs.json: for each pair asked for its name, task, paths, and what `measure` measured.
 """
 
 from __future__ import annotations

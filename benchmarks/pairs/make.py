@@ -75,12 +75,12 @@ def make_pairs(
 
     ``questions`` and ``samples`` are the numbers of test questions and of samples in each calibration file;
     without ``dtype`` the CPU decides what training multiplies in. A pair of other settings, sources or
-    another base is replaced; one cut short leaves nothing behind. Raises PrinMixError where a pair's folder
-    holds something else.
+    another base is replaced; one cut short leaves nothing behind. Raises PrinMixError where ``models`` or
+    a pair's folder holds something else.
     """
     if not models.exists():
         train_pair_family(models, seed=seed, console=console)
-    family = json.loads((models / FAMILY_REPORT).read_text())["settings"]
+    family = _settings_of(models, FAMILY_REPORT)
     common = {"seed": seed, "questions": questions, "samples": samples, "dtype": dtype or compute_dtype()}
     common |= {"family": family, "sources": _digest_of_sources()}
     pairs = []
@@ -89,7 +89,7 @@ def make_pairs(
     with Progress(*columns, console=console) as progress:
         for name, recipe in recipes.items():
             folder, stamp = out / name, common | {"recipe": asdict(recipe)}
-            if _settings_of(folder) != json.loads(json.dumps(stamp)):
+            if _settings_of(folder, REPORT) != json.loads(json.dumps(stamp)):
                 bar = progress.add_task(name, total=recipe.schedule.steps if recipe.schedule else 1)
 
                 def on_step(loss: float, bar: Any = bar, name: str = name) -> None:
@@ -150,19 +150,19 @@ def _find(folder: Path, models: Path, name: str, recipe: Recipe, measured: dict[
     )
 
 
-def _settings_of(folder: Path) -> dict[str, Any] | None:
-    """The settings a pair was made with; None where there is none yet."""
+def _settings_of(folder: Path, report: str) -> dict[str, Any] | None:
+    """The settings that a pair, or the demo's family, was made with; None where there is none yet."""
     if not folder.exists():
         return None
     try:
-        return json.loads((folder / REPORT).read_text())["settings"]
+        return json.loads((folder / report).read_text())["settings"]
     except (OSError, ValueError, KeyError):
         raise PrinMixError(
-            "this folder is not a pair that benchmarks.pairs made",
+            "this folder is not one that the training of models made",
             where=folder,
-            found=f"no readable {REPORT}",
+            found=f"no readable {report}",
             expected="a folder that is missing, or of an earlier run",
-            fix="name another folder for all pairs, or remove this one",
+            fix="name another folder, or remove this one",
         ) from None
 
 

@@ -40,7 +40,7 @@ class Recipe:
 # The demo's steps cost 0.3 s of one core each, whatever the recipe.
 RECIPES = {
     # Muon gives all directions of an update the same weight: the difference is large, its spectrum flat.
-    "flat": Recipe("add", Schedule(steps=420, batch=128, rate=3e-3, muon=True)),
+    "flat": Recipe("add", Schedule(steps=420, batch=128, rate=4.5e-3, muon=True)),
     # A difference in the embeddings that no delta without them can do without.
     "full": Recipe("sort", Schedule(steps=300, batch=64, rate=1e-3), embedding_rate=10.0),
     # The inputs of real models: H has a few huge eigenvalues, and errors there are fatal.

@@ -198,7 +198,7 @@ def test_the_same_seed_gives_the_same_bytes_and_nothing_is_made_twice(models: Pa
 def test_a_folder_of_something_else_is_left_alone(models: Path, tmp_path: Path) -> None:
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "notes.txt").write_text("mine")
-    with pytest.raises(PrinMixError, match="not a pair"):
+    with pytest.raises(PrinMixError, match="not one that the training"):
         make(tmp_path, models, ["lora"])
     assert (tmp_path / "lora" / "notes.txt").read_text() == "mine"
 
