@@ -42,10 +42,10 @@ RECIPES = {
     # Muon gives all directions of an update the same weight: the difference is large, its spectrum flat.
     "flat": Recipe("add", Schedule(steps=420, batch=128, rate=4.5e-3, muon=True)),
     # A difference in the embeddings that no delta without them can do without.
-    "full": Recipe("sort", Schedule(steps=300, batch=64, rate=1e-3), embedding_rate=10.0),
+    "full": Recipe("sort", Schedule(steps=280, batch=64, rate=1e-3), embedding_rate=10.0),
     # The inputs of real models: H has a few huge eigenvalues, and errors there are fatal.
-    "heavy": Recipe("reverse", Schedule(steps=330, batch=64, rate=1e-3), outliers=Outliers(4, 64.0)),
+    "heavy": Recipe("reverse", Schedule(steps=400, batch=64, rate=1e-3), outliers=Outliers(4, 64.0)),
     # The same task as LoRA and as a full fine-tune.
-    "lora": Recipe("reverse", Schedule(steps=330, batch=64, rate=3e-3), lora=Lora(rank=16, alpha=32.0)),
-    "reverse": Recipe("reverse"),
+    "lora": Recipe("shift", Schedule(steps=260, batch=64, rate=3e-3), lora=Lora(rank=16, alpha=32.0)),
+    "shift": Recipe("shift"),
 }
