@@ -14,7 +14,7 @@ import numpy as np
 
 from vllm_prinmix.compress.allocation.knapsack import EPSILON, close_gap, fill, relax, total
 
-# Sets of columns looked at. Real tables need a hundred; where this is not enough, the bound says so.
+# Sets of columns looked at. Real tables need up to 200; where this is not enough, the bound says so.
 MAX_NODES = 20_000
 
 
