@@ -6,32 +6,35 @@ import logging
 import os
 import socket
 import weakref
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from vllm_prinmix.compress.quantization.hessian import Hessian
-from vllm_prinmix.compress.task import Result, Task, solve
+from vllm_prinmix.compress.task import Task
 from vllm_prinmix.errors import PrinMixError
 
-Tasks = Iterable[tuple[Task, torch.Tensor, Hessian]]  # the arguments of `solve`
+T = TypeVar("T")
+Tasks = Iterable[tuple[Task, torch.Tensor, Hessian]]
+# A function of a module, with which it travels by name: `task.solve`, `task.survey`.
+Work = Callable[[Task, torch.Tensor, Hessian], T]
 
 
 class Executor(Protocol):
-    def map(self, tasks: Tasks) -> Generator[Result]:
-        """The results of all tasks, in any order. Closing it gives up those that are not finished."""
+    def map(self, work: Work[T], tasks: Tasks) -> Generator[T]:
+        """What ``work`` returns for each task, in any order. Closing it gives up what is not finished."""
         ...
 
 
 class Serial:
     """Compresses each matrix before the next is asked for."""
 
-    def map(self, tasks: Tasks) -> Generator[Result]:
+    def map(self, work: Work[T], tasks: Tasks) -> Generator[T]:
         for task, dw, hessian in tasks:
-            result = solve(task, dw, hessian)
+            result = work(task, dw, hessian)
             del dw, hessian  # large, and not needed while the next layer runs
             yield result
 
@@ -53,7 +56,7 @@ class OnRay:
         self._ray, self._device, self._threads = ray, device.type, torch.get_num_threads()
         self._takes = {"GPU": 1} if device.type == "cuda" else {"CPU": self._threads}
         options = {f"num_{kind.lower()}s": count for kind, count in self._takes.items()}
-        self._solve = ray.remote(**options)(_solve_there)
+        self._remote = ray.remote(**options)(_work_there)
         if not self._at_once():
             taken = " and ".join(f"{count} {kind}" for kind, count in self._takes.items())
             raise PrinMixError(
@@ -65,7 +68,7 @@ class OnRay:
                 + ("" if device.type == "cuda" else ", or set OMP_NUM_THREADS to fewer"),
             )
 
-    def map(self, tasks: Tasks) -> Generator[Result]:
+    def map(self, work: Work[T], tasks: Tasks) -> Generator[T]:
         running: dict[Any, str] = {}
         shared: Any = None  # of the Hessian `last`
         last: weakref.ref[Hessian] | None = None
@@ -73,8 +76,8 @@ class OnRay:
             for task, dw, hessian in tasks:
                 if last is None or last() is not hessian:
                     shared, last = self._ray.put(_array(hessian.matrix)), weakref.ref(hessian)
-                submit = self._solve.options(name=task.name)
-                reference = submit.remote(task, _array(dw), shared, self._device, self._threads)
+                submit = self._remote.options(name=task.name)
+                reference = submit.remote(work, task, _array(dw), shared, self._device, self._threads)
                 running[reference] = task.name
                 del dw, hessian  # the cluster has them now
                 while len(running) > self._at_once():
@@ -89,7 +92,7 @@ class OnRay:
             for reference in running:
                 self._ray.cancel(reference)
 
-    def _finished(self, running: dict[Any, str]) -> Iterator[Result]:
+    def _finished(self, running: dict[Any, str]) -> Iterator[Any]:
         """What has succeeded by now, taken out of ``running``."""
         for reference, name in list(running.items()):
             if self._ray.wait([reference], timeout=0)[0]:
@@ -97,12 +100,12 @@ class OnRay:
                 with suppress(PrinMixError):
                     yield self._get(reference, name)
 
-    def _next(self, running: dict[Any, str]) -> Result:
+    def _next(self, running: dict[Any, str]) -> Any:
         """Waits until a task has ended and takes it out of ``running``."""
         (reference, *_), _ = self._ray.wait(list(running))
         return self._get(reference, running.pop(reference))
 
-    def _get(self, reference: Any, name: str) -> Result:
+    def _get(self, reference: Any, name: str) -> Any:
         try:
             return self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
@@ -165,10 +168,12 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.cpu().numpy()
 
 
-def _solve_there(task: Task, dw: np.ndarray, metric: np.ndarray, device: str, threads: int) -> Result:
-    """`solve` in a process of the cluster. What comes out of shared memory is read-only, hence the copies."""
+def _work_there(
+    work: Work[T], task: Task, dw: np.ndarray, metric: np.ndarray, device: str, threads: int
+) -> T:
+    """``work`` in a process of the cluster. Shared memory is read-only, hence the copies."""
     torch.set_num_threads(threads)
-    return solve(task, torch.tensor(dw, device=device), Hessian(torch.tensor(metric, device=device)))
+    return work(task, torch.tensor(dw, device=device), Hessian(torch.tensor(metric, device=device)))
 
 
 def _connect(ray: Any, address: str) -> None:

@@ -24,6 +24,7 @@ from vllm_prinmix.format.schema import Module
 
 _MODULE: TypeAdapter[Any] = TypeAdapter(Module)
 RUN_FILE = "run.json"
+LIMITS_FILE = "limits.json"
 
 
 class Partial:
@@ -100,6 +101,15 @@ class Partial:
                 found=error,
                 fix="delete it and run the same command again",
             ) from error
+
+    def limits(self) -> dict[str, int] | None:
+        """What `save_limits` kept; None where it did not come to that."""
+        file = self.folder / LIMITS_FILE
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def save_limits(self, limits: dict[str, int]) -> None:
+        """Keep how many bytes each matrix gets of a shared budget."""
+        write_atomically(self.folder / LIMITS_FILE, json.dumps(limits, indent=1).encode())
 
     def names(self) -> list[str]:
         """The finished modules, sorted."""

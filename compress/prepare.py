@@ -34,6 +34,8 @@ class Options:
     calibration: str | None  # calibration.NONE: without data
     method: Method
     ratio: Fraction | None = Fraction(1, 16)  # None only where the method has its own size
+    # One budget for all linear layers, where the method can tell what bytes are worth; else one for each.
+    shared_budget: bool = True
     embedding_ratio: Fraction = Fraction(1, 4)
     samples: int = 128
     sequence_length: int = 2048
@@ -65,6 +67,12 @@ class Job:
         method = self.options.method
         return method if self.kinds[name] is Kind.LINEAR else method.for_embedding()
 
+    @property
+    def shares(self) -> bool:
+        """Whether the linear layers share one budget."""
+        options = self.options
+        return options.shared_budget and options.method.has_curve and options.ratio is not None
+
     def limit(self, name: str) -> int | None:
         """The most bytes of one matrix; None: what the method takes."""
         options = self.options
@@ -82,6 +90,7 @@ class Job:
             "method": self.options.method.name,
             **{name.replace("_", "-"): value for name, value in self.options.method.options().items()},
             "ratio": str(self.options.ratio),
+            "budget": "shared" if self.shares else "module",
             "embedding-ratio": str(self.options.embedding_ratio),
             "device": self.device.type,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from vllm_prinmix import __version__
+from vllm_prinmix.compress.allocation.budgets import Curve, share
 from vllm_prinmix.compress.executor import Executor, Serial, on_ray
 from vllm_prinmix.compress.memory import trim
 from vllm_prinmix.compress.metrics import data_free, hessians
@@ -19,7 +20,7 @@ from vllm_prinmix.compress.partial import Partial, disk_errors
 from vllm_prinmix.compress.prepare import Job, Options, pick_device, prepare, progress_bar
 from vllm_prinmix.compress.quantization.hessian import Hessian
 from vllm_prinmix.compress.sidefiles import copy, own
-from vllm_prinmix.compress.task import Result, Task
+from vllm_prinmix.compress.task import Result, Task, solve, survey
 from vllm_prinmix.format.checkpoint import EMBEDDING, FLOATS
 from vllm_prinmix.format.delta import write_delta
 from vllm_prinmix.format.digest import sample_digest
@@ -69,6 +70,7 @@ class _Run:
     def __init__(self, job: Job, partial: Partial, console: Console) -> None:
         self.job, self.partial, self.console = job, partial, console
         self.progress = progress_bar(console)
+        self.limits: dict[str, int] = {}  # bytes, where they are not those of the matrix's own ratio
         self.pending = [name for name in job.kinds if name not in job.same_bytes and name not in partial]
 
     def all(self, executor: Executor) -> None:
@@ -79,8 +81,9 @@ class _Run:
             exact = [name for name in sizes if job.kinds[name] is Kind.EXACT]
             for name in exact:
                 self._exact(name)
-            tasks = self._tasks(set(sizes) - set(exact))
-            with closing(executor.map(tasks)) as results:
+            wanted = set(sizes) - set(exact)
+            self._share(executor, wanted)
+            with closing(executor.map(solve, self._tasks(wanted))) as results:
                 for result in results:
                     self._save(result)
             self._tell("Compressed")
@@ -95,17 +98,40 @@ class _Run:
             self.partial.save(name, Exact(shape=list(tensor.shape), dtype=dtype), tensor)
         self._advance(name)
 
-    def _tasks(self, wanted: set[str]) -> Iterator[tuple[Task, torch.Tensor, Hessian]]:
-        """The matrices to compress, as calibration reaches them; not those whose change is zero."""
+    def _share(self, executor: Executor, wanted: set[str]) -> None:
+        """Choose the linear layers' limits together; an interrupted run's choice is kept."""
+        job = self.job
+        if not job.shares or not wanted:
+            return
+        limits = self.partial.limits()
+        if limits is None:
+            linear = {n for n, kind in job.kinds.items() if kind is Kind.LINEAR and n not in job.same_bytes}
+            own = {name: job.limit(name) or 0 for name in linear}
+            curves: dict[str, Curve] = {}
+            task = self.progress.add_task("Sharing the budget", total=len(linear))
+            tasks = self._tasks(linear, advance=lambda name: self.progress.advance(task))
+            with closing(executor.map(survey, tasks)) as surveys:
+                for found in surveys:
+                    curves[found.name] = found.curve
+                    self.progress.advance(task)
+            limits = share(curves, sum(own[name] for name in curves))
+            self.partial.save_limits(limits)
+        self.limits = limits
+
+    def _tasks(
+        self, wanted: set[str], advance: Callable[[str], None] | None = None
+    ) -> Iterator[tuple[Task, torch.Tensor, Hessian]]:
+        """The matrices ``wanted``, as calibration reaches them; ``advance`` hears the unchanged ones."""
         job = self.job
         for name, hessian in self._metrics(wanted):
             self._tell(name.removeprefix("model.").removesuffix(".weight"))
             dw = job.finetuned.difference(job.base, name).to(job.device)
             if dw.any():
                 transposed = name == EMBEDDING and not is_tied(job.model)
-                yield Task(name, job.method(name), job.limit(name), transposed), dw, hessian
+                limit = self.limits.get(name, job.limit(name))
+                yield Task(name, job.method(name), limit, transposed), dw, hessian
             else:
-                self._advance(name)
+                (advance or self._advance)(name)
             del dw, hessian  # a layer's last ones would live on while the next layer runs
             trim()
 
@@ -146,6 +172,7 @@ def _assemble(job: Job, partial: Partial) -> DeltaConfig:
             method=options.method.name,
             options=options.method.options(),
             ratio=None if options.ratio is None else float(options.ratio),
+            shared_budget=job.shares,
             embedding_ratio=float(options.embedding_ratio),
         ),
         calibration=_calibration(job),

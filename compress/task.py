@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_prinmix.compress.allocation.budgets import Curve
 from vllm_prinmix.compress.measure import weight_error
 from vllm_prinmix.compress.methods.base import Method
 from vllm_prinmix.compress.quantization.hessian import Hessian
@@ -26,6 +27,14 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Survey:
+    """What can be expected of one matrix with more or fewer bytes."""
+
+    name: str
+    curve: Curve
+
+
+@dataclass(frozen=True)
 class Result:
     """What the delta keeps of one matrix, and what was warned of on the way."""
 
@@ -33,6 +42,20 @@ class Result:
     spec: Module
     payload: torch.Tensor  # uint8, on the CPU
     warnings: list[str]
+
+
+# Bytes of a matrix, as parts of what its own ratio gives it, that a shared budget may choose between.
+PARTS = (0.25, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0, 4.0)
+
+
+def survey(task: Task, dw: torch.Tensor, hessian: Hessian) -> Survey:
+    """The errors to be expected with PARTS of ``task.limit``; arguments as those of `solve`."""
+    assert task.limit is not None
+    least = min(task.method.least_bytes(*dw.shape), task.limit)
+    budgets = sorted({max(least, int(part * task.limit)) for part in PARTS})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `solve` says the same
+        return Survey(task.name, task.method.curve(dw, hessian, budgets))
 
 
 def solve(task: Task, dw: torch.Tensor, hessian: Hessian) -> Result:

@@ -92,6 +92,13 @@ def compress(
             "method takes where its size is fixed."
         ),
     ] = None,
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="shared: the linear layers keep to the ratio together, those that need more bytes get more "
+            "(method prinmix). module: each keeps to it, as in the paper."
+        ),
+    ] = "shared",
     embedding_ratio: Annotated[str, typer.Option(help="The same for embedding and lm_head.")] = "1/4",
     method: Annotated[
         str,
@@ -128,9 +135,6 @@ def compress(
     scale: Annotated[
         str | None, typer.Option(help="bitdelta: mean (of |dW|) or fitted (to the calibration data).")
     ] = None,
-    clipping: Annotated[
-        bool, typer.Option("--clipping", help="gptq: the best of several grids per row, not only min-max.")
-    ] = False,
     delta_come_quirk: Annotated[
         bool,
         typer.Option("--delta-come-quirk", help="delta-come: calibrate as its published program does."),
@@ -158,7 +162,6 @@ def compress(
         rank_penalty=rank_penalty,
         solver=solver,
         scale=scale,
-        clipping=clipping or None,
         delta_come_quirk=delta_come_quirk or None,
         **registry.without(method, without or []),
     )
@@ -172,6 +175,7 @@ def compress(
         calibration=calibration,
         method=chosen,
         ratio=None if ratio is None else _fraction("--ratio", ratio),
+        shared_budget=_shared(budget),
         embedding_ratio=_fraction("--embedding-ratio", embedding_ratio),
         samples=samples,
         sequence_length=sequence_length,
@@ -314,6 +318,12 @@ def _fraction(option: str, text: str) -> Fraction:
             found=text,
             expected="a fraction such as 1/16 or 0.0625",
         ) from None
+
+
+def _shared(budget: str) -> bool:
+    if budget not in ("shared", "module"):
+        raise PrinMixError("unknown budget", where="--budget", found=budget, expected="shared or module")
+    return budget == "shared"
 
 
 def _bits(text: str) -> tuple[int, ...]:

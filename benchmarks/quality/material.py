@@ -114,6 +114,7 @@ class Material:
             "method": setting.method,
             "options": setting.compressor().options(),
             "ratio": str(setting.ratio),
+            "shared_budget": setting.shares(setting.compressor()),
             "embedding_ratio": str(limits.embedding_ratio),
             "calibration": _sha256(self.samples(setting, seed)),
             "texts": _sha256([text.tokens for text in self.texts]),
@@ -130,6 +131,11 @@ class Material:
             for name in self.kinds
             if not torch.equal(self.base.load(name).float(), self.finetuned.load(name).float())
         }
+
+    def change(self, name: str) -> torch.Tensor:
+        """dW, float32 [rows, cols]."""
+        change = self.finetuned.load(name, torch.float32).to(self.limits.device)
+        return change.sub_(self.base.load(name).to(self.limits.device))
 
     def is_exact(self, name: str) -> bool:
         """Whether a tensor is kept as it is, not quantized."""

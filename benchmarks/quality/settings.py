@@ -35,6 +35,7 @@ class Setting:
     calibration: str = OWN
     samples: int = 0  # calibration samples; 0: as many as --samples says
     lora: bool = False  # of the pair's LoRA fine-tune
+    shared_budget: bool = True  # see prepare.Options
 
     def compressor(self) -> Compressor:
         """Raises PrinMixError for a method or option that does not exist."""
@@ -44,6 +45,11 @@ class Setting:
             return RowWise()
         return registry.make(self.method, **(DEFAULTS.get(self.method, {}) | dict(self.options)))
 
+    def shares(self, compressor: Compressor) -> bool:
+        """Whether the linear layers share one budget."""
+        able = isinstance(compressor, Method) and compressor.has_curve
+        return able and self.shared_budget and self.ratio is not None
+
     @property
     def draws(self) -> bool:
         """Whether the result depends on the calibration seed."""
@@ -51,7 +57,8 @@ class Setting:
 
     def __str__(self) -> str:
         options = "".join(f" {name}={value}" for name, value in self.options)
-        return f"{self.method}{options}{'' if self.ratio is None else f' {self.ratio}'}"
+        budget = "" if self.shared_budget else " budget=module"
+        return f"{self.method}{options}{budget}{'' if self.ratio is None else f' {self.ratio}'}"
 
 
 def setting(method: str, ratio: Fraction | None, **options: Any) -> Setting:

@@ -29,6 +29,7 @@ class Method(ABC):
 
     name: ClassVar[str]  # of --method
     summary: ClassVar[str]  # one line for people
+    has_curve: ClassVar[bool] = False  # it can tell what bytes are worth without compressing
     steps: ClassVar[tuple[str, ...]] = ()  # fields that `--without` switches off
 
     @property
@@ -52,13 +53,12 @@ class Method(ABC):
         inputs X.
         """
 
-    def curve(self, dw: torch.Tensor, hessian: Hessian, budgets: Sequence[int]) -> Curve | None:
+    def curve(self, dw: torch.Tensor, hessian: Hessian, budgets: Sequence[int]) -> Curve:
         """The error to be expected of `compress` at each of ``budgets`` (bytes, ascending).
 
-        It decides how matrices share bytes (`allocation.budgets`). None where the method cannot tell
-        without compressing.
+        It decides how matrices share bytes (`allocation.budgets`); only for a method that `has_curve`.
         """
-        return None
+        raise NotImplementedError
 
     @abstractmethod
     def least_bytes(self, rows: int, cols: int) -> int:

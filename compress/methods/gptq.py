@@ -9,8 +9,7 @@ import torch
 
 from vllm_prinmix.compress.methods.base import Report
 from vllm_prinmix.compress.methods.baseline import MatrixBaseline, as_matrix, check_width, report_error
-from vllm_prinmix.compress.quantization.gptq import gptq
-from vllm_prinmix.compress.quantization.grid import Grid, clipped_grids, dequantize, minmax_grid
+from vllm_prinmix.compress.quantization.best_grid import quantize_best
 from vllm_prinmix.compress.quantization.hessian import Hessian
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.kernels.packing import matrix_bytes
@@ -21,17 +20,18 @@ WIDTHS = tuple(range(1, MAX_BITS + 1))
 
 @dataclass(frozen=True)
 class Gptq(MatrixBaseline):
-    """One min-max grid per row. ``bits``: the one width, or empty for the widest that the ratio allows.
+    """``bits``: the one width, or empty for the widest that the ratio allows.
 
-    With ``clipping`` each row has the best of several grids: the fewer bits, the more that is worth. A row's
-    scale and zero point take 6 bytes, so one bit per weight is a little more than 1/16.
+    With ``clipping`` each row has the best of several grids, else its min-max grid: the fewer bits, the more
+    that is worth. A row's scale and zero point take 6 bytes, so one bit per weight is just above 1/16.
     """
 
     name: ClassVar[str] = "gptq"
     summary: ClassVar[str] = "the whole delta at one width, by GPTQ"
+    steps: ClassVar[tuple[str, ...]] = ("clipping",)
 
     bits: tuple[int, ...] = ()
-    clipping: bool = False
+    clipping: bool = True
 
     def check(self) -> None:
         if self.bits:
@@ -51,8 +51,8 @@ class Gptq(MatrixBaseline):
         rows, cols = dw.shape
         width = self.width if self.has_own_size else self._widest(rows, cols, budget_bytes)
         bits = torch.full((rows,), width, dtype=torch.uint8, device=dw.device)
-        grids = clipped_grids(dw, width) if self.clipping else [minmax_grid(dw, bits)]
-        quantized = best_of(dw, hessian, grids)
+        codes, grid, _ = quantize_best(dw, hessian, bits, clipping=self.clipping)
+        quantized = as_matrix(codes, grid)
         return quantized, report_error(dw, quantized, hessian)
 
     def _widest(self, rows: int, cols: int, budget_bytes: int | None) -> int:
@@ -65,18 +65,3 @@ class Gptq(MatrixBaseline):
                 expected=f"{matrix_bytes(1, rows, cols)} bytes",
             )
         return fitting[-1]
-
-
-def best_of(dw: torch.Tensor, hessian: Hessian, grids: list[Grid]) -> QuantizedMatrix:
-    """Each row of ``dw`` (float32 [rows, cols]) by GPTQ on that of ``grids`` with the least error in H."""
-    best = as_matrix(gptq(dw, hessian, grids[0]), grids[0])
-    errors = hessian.norm(dw - best.dense())
-    for grid in grids[1:]:
-        codes = gptq(dw, hessian, grid)
-        error = hessian.norm(dw - dequantize(codes, grid))
-        better = error < errors
-        errors = torch.where(better, error, errors)
-        best.codes = torch.where(better[:, None], codes, best.codes)
-        best.scale = torch.where(better, grid.scale, best.scale)
-        best.zero = torch.where(better, grid.zero, best.zero)
-    return best

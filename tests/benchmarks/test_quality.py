@@ -215,7 +215,7 @@ ROWS = {
     "11": METHODS * 3,
     "13": 2 * 2,
     "15": 7 * (1 + METHODS),
-    "ablation": 1 + len(PrinMix.steps) * 2 - 1 + 1,
+    "ablation": 2 + len(PrinMix.steps) * 2 - 1 + 1,
 }
 
 

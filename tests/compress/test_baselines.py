@@ -39,7 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Fraction | None]] = {
     "bitdelta fitted": ("bitdelta", {"scale": "fitted"}, None),
     "low-rank": ("low-rank", {}, Fraction(1, 16)),
     "gptq": ("gptq", {}, Fraction(1, 4)),
-    "gptq 1 bit": ("gptq", {"bits": (1,), "clipping": True}, None),
+    "gptq 1 bit": ("gptq", {"bits": (1,)}, None),
     "deltazip": ("deltazip", {}, None),
     "deltazip 4 bits": ("deltazip", {"bits": (4,)}, None),
     "gpt-zip": ("gpt-zip", {}, None),

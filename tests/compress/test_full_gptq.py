@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.compress.layers import make_layer
-from vllm_prinmix.compress.methods.gptq import Gptq, best_of
+from vllm_prinmix.compress.methods.gptq import Gptq
 from vllm_prinmix.compress.quantization.gptq import gptq
-from vllm_prinmix.compress.quantization.grid import clipped_grids, dequantize, minmax_grid
+from vllm_prinmix.compress.quantization.grid import dequantize, minmax_grid
 from vllm_prinmix.compress.quantization.hessian import Hessian
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.kernels.packing import matrix_bytes
@@ -17,11 +17,11 @@ def test_the_widest_width_that_fits(bits: int) -> None:
     layer = make_layer(60, 130)
     hessian = Hessian(layer.calibration)
     for limit in (matrix_bytes(bits, 60, 130), matrix_bytes(bits + 1, 60, 130) - 1):
-        quantized, _ = Gptq().compress(layer.dw, hessian, limit)
+        quantized, _ = Gptq(clipping=False).compress(layer.dw, hessian, limit)
         assert quantized.bits == bits
     grid = minmax_grid(layer.dw, torch.full((60,), bits, dtype=torch.uint8))
     assert torch.equal(quantized.dense(), dequantize(gptq(layer.dw, hessian, grid), grid))
-    fixed, _ = Gptq(bits=(bits,)).compress(layer.dw, hessian, None)
+    fixed, _ = Gptq(bits=(bits,), clipping=False).compress(layer.dw, hessian, None)
     assert torch.equal(fixed.dense(), quantized.dense())
 
 
@@ -30,16 +30,9 @@ def test_a_budget_below_one_bit_is_an_error() -> None:
         Gptq().compress(torch.ones(60, 130), Hessian(torch.eye(130)), matrix_bytes(1, 60, 130) - 1)
 
 
-def test_each_row_has_the_best_of_its_grids() -> None:
+def test_the_best_of_several_grids_is_worth_it() -> None:
     layer = make_layer(60, 90, outliers=2)
     hessian = Hessian(layer.calibration)
-    grids = clipped_grids(layer.dw, 2)
-    errors = torch.stack(
-        [hessian.norm(layer.dw - dequantize(gptq(layer.dw, hessian, grid), grid)) for grid in grids]
-    )
-    best = best_of(layer.dw, hessian, grids)
-    assert torch.allclose(hessian.norm(layer.dw - best.dense()), errors.amin(0))
-    assert len(errors.argmin(0).unique()) > 1
-    _, plain = Gptq(bits=(2,)).compress(layer.dw, hessian, None)
-    _, clipped = Gptq(bits=(2,), clipping=True).compress(layer.dw, hessian, None)
+    _, plain = Gptq(bits=(2,), clipping=False).compress(layer.dw, hessian, None)
+    _, clipped = Gptq(bits=(2,)).compress(layer.dw, hessian, None)
     assert clipped["error"] < 0.7 * plain["error"]

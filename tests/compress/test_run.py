@@ -16,6 +16,8 @@ from safetensors import safe_open
 
 from tests.compress.pairs import Pair, finetune
 from vllm_prinmix.compress.inspection import describe
+from vllm_prinmix.compress.methods.prinmix import PrinMix
+from vllm_prinmix.compress.partial import Partial
 from vllm_prinmix.compress.verify import verify
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format.checkpoint import EMBEDDING, HEAD, SINGLE, Checkpoint
@@ -223,3 +225,49 @@ def test_one_active_width_cannot_store_anything(
 ) -> None:
     with pytest.raises(PrinMixError, match=r"not one direction was chosen.*--max-active-bits 2"):
         compress(make_pair(), tmp_path / "delta", max_active_bits=1)
+
+
+def test_a_shared_budget_keeps_to_the_ratio_and_has_less_error(
+    make_pair: Callable[..., Pair], compress: Callable[..., str], tmp_path: Path
+) -> None:
+    """The linear layers together take what they may; some more than their own share, others less."""
+    pair = make_pair()
+    errors = {}
+    for shared in (True, False):
+        out = tmp_path / str(shared)
+        compress(pair, out, method=PrinMix(), shared_budget=shared, ratio=Fraction(1, 8))
+        description = describe(out)
+        assert description["settings"]["shared_budget"] is shared
+        linear = [m for m in description["modules"] if m["name"] not in (EMBEDDING, HEAD)]
+        assert 0.115 < description["ratio"]["linear"]["ratio"] <= 1 / 8
+        assert any(m["ratio"] > 1 / 8 for m in linear) is shared
+        errors[shared] = sum(m["report"]["error"] for m in linear)
+    assert errors[True] < errors[False]
+
+
+def test_an_interrupted_run_keeps_the_shares(
+    make_pair: Callable[..., Pair],
+    compress: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The bytes are those of a run in one go, and nothing is surveyed twice."""
+    pair = make_pair()
+    options = {"method": PrinMix(), "ratio": Fraction(1, 8)}
+    compress(pair, tmp_path / "whole", **options)
+    kept, save = [], Partial.save
+
+    def interrupt(self: Partial, *arguments: Any) -> None:
+        if len(kept) == 12:
+            raise KeyboardInterrupt
+        kept.append(arguments)
+        save(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Partial, "save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compress(pair, tmp_path / "parts", **options)
+    monkeypatch.setattr(PrinMix, "curve", None)  # not called again
+    compress(pair, tmp_path / "parts", **options)
+    for name in ("delta.safetensors", CONFIG_FILE):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

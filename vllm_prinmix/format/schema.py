@@ -81,6 +81,7 @@ class Settings(Strict):
     method: str
     options: dict[str, bool | int | float | str | list[int] | None]  # the method's own
     ratio: float | None  # None: the size follows from the options
+    shared_budget: bool = False  # the linear layers kept to the ratio together, not each for itself
     embedding_ratio: float
 
 
