@@ -11,6 +11,7 @@ from vllm_prinmix.compress.allocation.budgets import Curve
 from vllm_prinmix.compress.measure import weight_error
 from vllm_prinmix.compress.methods.base import Method
 from vllm_prinmix.compress.quantization.hessian import Hessian
+from vllm_prinmix.compress.quantization.threads import one_thread_if_small
 from vllm_prinmix.format.payload import decode, encode
 from vllm_prinmix.format.schema import Module
 from vllm_prinmix.kernels.quantized import QuantizedFactors
@@ -55,7 +56,8 @@ def survey(task: Task, dw: torch.Tensor, hessian: Hessian) -> Survey:
     budgets = sorted({max(least, int(part * task.limit)) for part in PARTS})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `solve` says the same
-        return Survey(task.name, task.method.curve(dw, hessian, budgets))
+        with one_thread_if_small(max(dw.shape)):
+            return Survey(task.name, task.method.curve(dw, hessian, budgets))
 
 
 def solve(task: Task, dw: torch.Tensor, hessian: Hessian) -> Result:
@@ -63,7 +65,7 @@ def solve(task: Task, dw: torch.Tensor, hessian: Hessian) -> Result:
 
     ``hessian`` is the metric of its inputs; of dW^T's where ``task.transposed``.
     """
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, one_thread_if_small(max(dw.shape)):
         warnings.simplefilter("always")
         matrix = dw.T.contiguous() if task.transposed else dw
         change, report = task.method.compress(matrix, hessian, task.limit)
