@@ -11,22 +11,32 @@ from vllm_prinmix.compress.quantization.hessian import Hessian
 ROWS = 8192  # at once, so that the error of an lm_head needs no further matrices of its size
 
 
-def activation_error(dw: torch.Tensor, decoded: torch.Tensor, hessian: Hessian) -> float:
-    """||dW X - dW^ X||_F^2 / ||dW X||_F^2 with H = X X^T, of two float32 [rows, cols] (Eq. 1); 0 / 0 is 0."""
-    over = under = 0.0
-    for a, b in zip(dw.split(ROWS), decoded.split(ROWS), strict=True):
-        over += hessian.norm(a - b).sum().item()
-        under += hessian.norm(a).sum().item()
-    return _quotient(over, under)
+def activation_energy(dw: torch.Tensor, hessian: Hessian) -> float:
+    """||dW X||_F^2 with H = X X^T, of float32 [rows, cols]."""
+    return sum(float(hessian.norm(part).sum()) for part in dw.split(ROWS))
 
 
-def factors_error(dw: torch.Tensor, u: torch.Tensor, sv: torch.Tensor, hessian: Hessian) -> float:
+def activation_error(
+    dw: torch.Tensor, decoded: torch.Tensor, hessian: Hessian, energy: float | None = None
+) -> float:
+    """||dW X - dW^ X||_F^2 / ||dW X||_F^2 of two float32 [rows, cols] (Eq. 1); 0 / 0 is 0.
+
+    ``energy`` is the `activation_energy` of dW where it is known: half of the work.
+    """
+    over = sum(
+        hessian.norm(a - b).sum().item() for a, b in zip(dw.split(ROWS), decoded.split(ROWS), strict=True)
+    )
+    return _quotient(over, activation_energy(dw, hessian) if energy is None else energy)
+
+
+def factors_error(
+    dw: torch.Tensor, u: torch.Tensor, sv: torch.Tensor, hessian: Hessian, energy: float | None = None
+) -> float:
     """`activation_error` of dW^ = u sv, float32 [rows, n] and [n, cols], which is never whole in memory."""
-    over = under = 0.0
-    for a, b in zip(dw.split(ROWS), u.split(ROWS), strict=True):
-        over += hessian.norm(a - b @ sv).sum().item()
-        under += hessian.norm(a).sum().item()
-    return _quotient(over, under)
+    over = sum(
+        hessian.norm(a - b @ sv).sum().item() for a, b in zip(dw.split(ROWS), u.split(ROWS), strict=True)
+    )
+    return _quotient(over, activation_energy(dw, hessian) if energy is None else energy)
 
 
 def weight_error(dw: torch.Tensor, decoded: torch.Tensor) -> float:

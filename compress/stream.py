@@ -17,6 +17,8 @@ from torch import nn
 from vllm_prinmix.compress.model import layer_prefix
 from vllm_prinmix.format.checkpoint import EMBEDDING, Checkpoint
 
+BLOCK = 512  # columns of X X^T that are computed at once
+
 
 def embed(checkpoint: Checkpoint, samples: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """int64 token ids [tokens] per sample -> float32 hidden states [1, tokens, hidden] per sample."""
@@ -60,7 +62,7 @@ def run_layer(
             moments.end_sample()
         for hook in hooks:
             hook.remove()
-    return moments.by_name
+    return moments.finish()
 
 
 @torch.no_grad()
@@ -105,7 +107,10 @@ def _layer(model: Any, checkpoint: Checkpoint, index: int, device: torch.device)
 
 
 class _SecondMoments:
-    """Adds up X X^T per input tensor, so that modules that read the same tensor share one matrix."""
+    """Adds up X X^T per input tensor, so that modules that read the same tensor share one matrix.
+
+    Only the blocks on and below the diagonal are computed; `finish` mirrors them.
+    """
 
     def __init__(self) -> None:
         self.by_name: dict[str, torch.Tensor] = {}
@@ -124,9 +129,21 @@ class _SecondMoments:
             rows = x.reshape(-1, x.shape[-1])
             if name not in self.by_name:
                 self.by_name[name] = torch.zeros(rows.shape[1], rows.shape[1], device=x.device)
-            self.by_name[name].addmm_(rows.T, rows)
+            lower = self.by_name[name]
+            for start in range(0, len(lower), BLOCK):
+                part = rows[:, start : start + BLOCK]
+                lower[start:, start : start + BLOCK].addmm_(rows[:, start:].T, part)
 
         return pre_forward
 
     def end_sample(self) -> None:
         self._inputs.clear()
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        """The matrices by name, whole."""
+        for name in set(self._owner.values()):
+            matrix = self.by_name[name]
+            for start in range(0, len(matrix), BLOCK):
+                stop = start + BLOCK
+                matrix[start:stop, stop:] = matrix[stop:, start:stop].T
+        return self.by_name

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from vllm_prinmix.compress.allocation.allocate import SOLVERS, allocate
-from vllm_prinmix.compress.measure import ROWS, activation_error, factors_error
+from vllm_prinmix.compress.measure import activation_energy, activation_error, factors_error
 from vllm_prinmix.compress.methods.base import (
     Method,
     check_at_least_one,
@@ -182,7 +182,7 @@ def _algorithm_1(
 
     widths = torch.tensor(candidate_bits)[torch.from_numpy(allocation.choice)]
     kept = torch.argsort(widths, descending=True, stable=True)[: int((widths > 0).sum())].to(dw.device)
-    total = sum(float(hessian.norm(part).sum()) for part in dw.split(ROWS))
+    total = activation_energy(dw, hessian)
     if len(kept):
         bits = widths.to(dw.device, torch.uint8)[kept]
         u, sigma, v = u[:, kept], sigma[kept], v[kept]
@@ -190,13 +190,13 @@ def _algorithm_1(
         v_codes = gptq(v, hessian, v_grid)
         sv = sigma[:, None] * dequantize(v_codes, v_grid)
         watch.lap("quantize V")
-        error_v = factors_error(dw, u, sv, hessian)
+        error_v = factors_error(dw, u, sv, hessian, total)
         watch.lap("report")
         corrected, metric = correct_target(dw, u, sv, hessian)
         if rtc:
             u = corrected
         watch.lap("correct U")
-        error_rtc = factors_error(dw, u, sv, hessian)
+        error_rtc = factors_error(dw, u, sv, hessian, total)
         watch.lap("report")
         u_widths = torch.full_like(bits, u_bits) if u_bits else bits.clone()
         u_grid = minmax_grid(u.T, u_widths)
@@ -211,7 +211,7 @@ def _algorithm_1(
             v_zero=v_grid.zero,
             u_zero=u_grid.zero,
         )
-        error = activation_error(dw, factors.dense(), hessian)
+        error = activation_error(dw, factors.dense(), hessian, total)
     else:
         factors = QuantizedFactors.empty(rows, cols, dw.device)
         error = error_v = error_rtc = 1.0 if total else 0.0

@@ -18,7 +18,7 @@ import torch
 from vllm_prinmix.compress.allocation.allocate import Allocation
 from vllm_prinmix.compress.allocation.budgets import Curve
 from vllm_prinmix.compress.allocation.pairs import Pair, choose_pairs
-from vllm_prinmix.compress.measure import ROWS, activation_error
+from vllm_prinmix.compress.measure import ROWS, activation_energy, activation_error
 from vllm_prinmix.compress.methods.base import (
     Method,
     check_at_least_one,
@@ -137,7 +137,7 @@ def compress_jointly(
             break
         best, error = again, new
     watch.lap("alternate", dw.device)
-    measured = activation_error(dw, best.dense(), hessian)
+    measured = activation_error(dw, best.dense(), hessian, fit.total)
     watch.lap("report", dw.device)
     return best, {
         "error_first": first,
@@ -208,7 +208,7 @@ class _Fit:
     ) -> None:
         self.dw, self.hessian, self.steps = dw, hessian, steps
         self.v_bits, self.u_bits = v_bits, u_bits
-        self.total = sum(float(hessian.norm(part).sum()) for part in dw.split(ROWS))
+        self.total = activation_energy(dw, hessian)
 
     def quantize(
         self, u: torch.Tensor, sigma: torch.Tensor, v: torch.Tensor

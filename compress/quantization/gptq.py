@@ -52,8 +52,9 @@ def gptq_with_errors(
     if hessian.is_diagonal:
         units = (weight / scale).add_(zero)
         codes = units.round().clamp_(min=0)
-        codes = torch.minimum(codes, top)
-        errors = ((units - codes).mul_(scale).square_() * hessian.matrix).sum(1, dtype=torch.float64)
+        torch.minimum(codes, top, out=codes)
+        missed = units.sub_(codes).mul_(scale).square_().mul_(hessian.matrix)
+        errors = missed.sum(1, dtype=torch.float64)
         return codes.to(torch.uint8), errors
     order, factor, pivots = hessian.feedback
     if per_column:

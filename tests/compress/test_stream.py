@@ -134,3 +134,15 @@ def test_embedding_metric_counts_tokens_and_keeps_the_unseen() -> None:
 def test_tied_metric_weighs_both_uses_alike() -> None:
     head = torch.diag(torch.tensor([6.0, 3.0, 0.0]))
     assert torch.allclose(tied_hessian(head).matrix, torch.diag(torch.tensor([2 / 3, 1 / 3, 0]) + 1 / 3))
+
+
+def test_wide_inputs_are_added_up_in_blocks() -> None:
+    """Half of a symmetric matrix is computed, the other half mirrored."""
+    random = torch.Generator().manual_seed(0)
+    samples = [torch.randn(1, 7, 2 * stream.BLOCK + 100, generator=random) for _ in range(2)]
+    moments = stream._SecondMoments()
+    for sample in samples:
+        moments.hook("wide")(torch.nn.Identity(), (sample,))
+        moments.end_sample()
+    x = torch.cat(samples, dim=1)[0]
+    assert torch.allclose(moments.finish()["wide"], x.T @ x, rtol=1e-5, atol=1e-4)
