@@ -99,7 +99,7 @@ def measure(task: Task, tell: Callable[[int], None]) -> dict[str, Any]:
         if kind is Kind.LINEAR and int(name.split(".")[2]) < task.layers
     ]
     per_layer = len(names) // task.layers
-    watch, start = Stopwatch(), time.perf_counter()
+    watch, start, processor_start = Stopwatch(), time.perf_counter(), time.process_time()
     metrics: Iterator[tuple[str, Hessian]]
     errors: dict[str, float] = {}
     payload_bytes: dict[str, int] = {}
@@ -134,6 +134,7 @@ def measure(task: Task, tell: Callable[[int], None]) -> dict[str, Any]:
     return {
         "layers": len(errors) // per_layer,
         "seconds": watch.seconds,
+        "cpu_seconds": time.process_time() - processor_start,
         "errors": errors,
         "payload_bytes": payload_bytes,
         "peak_bytes": _peak_bytes(),

@@ -50,6 +50,7 @@ def speed_ups(results: dict[str, Any]) -> dict[str, Any]:
         found[name] = {
             "all": sum(theirs.values()) / sum(ours.values()),
             "all but factorise again": sum(once.values()) / sum(ours.values()),
+            "cpu": plain["cpu_seconds"] / plain["layers"] * line["layers"] / line["cpu_seconds"],
             "stages": {stage: theirs[stage] / ours[stage] for stage in STAGES if ours[stage] > 0},
             "error": error,
             "straightforward error": reference,
@@ -78,6 +79,12 @@ def _rows(results: dict[str, Any]) -> Iterator[list[str]]:
                 ratio = found["all"] if stage == "all" else found["stages"].get(stage)
                 row.append(f"{ratio:.1f}x" if ratio and seconds else "-")
         yield row
+    row = ["CPU seconds, all"]
+    for name, line in contenders.items():
+        row.append(f"{line['cpu_seconds'] * results['layers'] / line['layers']:.1f}")
+        if name.endswith(PLAIN):
+            row.append(f"{quicker[name.removesuffix(PLAIN)]['cpu']:.1f}x")
+    yield row
     for title, text in (
         ("layers measured", lambda line: f"{line['layers']} of {results['layers']}"),
         ("peak memory, MB", lambda line: f"{line['peak_bytes'] / 1e6:.0f}"),
@@ -101,7 +108,7 @@ def notes(results: dict[str, Any]) -> list[str]:
         f"{results['shape']}, linears at {results['ratio']}, {results['samples']} samples of "
         f"{results['tokens']} tokens; {machine['name']}{cores}. Random weights. Scaled from the layers "
         f"measured to all {results['layers']} layers; embeddings and the check of the checkpoints "
-        "are left out."
+        "are left out. CPU seconds: the time of all threads, which other work on the machine hardly changes."
     ]
     for name, found in results["speed_up"].items():
         lines.append(

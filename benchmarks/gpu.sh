@@ -7,7 +7,7 @@
 #   OUT=build/gpu   folder for logs, figures and plots
 #   SHAPE=qwen2.5-7b  COUNT=32   the base that is served, and how many deltas
 #   LIMIT=470       seconds for all together
-#   PARTS="kernels bench serve"  what to do
+#   PARTS="kernels compression bench serve"  what to do
 #   PYTHON=python3  SITE=$OUT/site (default a temporary folder)
 #
 # A part that fails does not stop the others; the exit code is 1 where one did. $OUT/parts.txt lists them.
@@ -19,7 +19,7 @@ out=$(cd "$out" && pwd)
 python=${PYTHON:-python3}
 shape=${SHAPE:-qwen2.5-7b}
 count=${COUNT:-32}
-parts=${PARTS:-kernels bench serve}
+parts=${PARTS:-kernels compression bench serve}
 began=$SECONDS
 limit=${LIMIT:-470}
 scratch=$(mktemp -d)
@@ -105,6 +105,12 @@ if wanted kernels; then
     if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
     part kernels 100 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" -m gpu \
         tests/kernels/interpreted tests/kernels/test_gpu.py
+fi
+
+# 4 of the 28 layers of a 7B model; the straightforward implementation would take minutes for one.
+if wanted compression; then
+    part compression 90 "$python" -m benchmarks.compression --device cuda --shape qwen2.5-7b --methods prinmix \
+        --reference-layers 0 --budget-seconds 50 --out "$out/compression"
 fi
 
 if wanted bench; then
