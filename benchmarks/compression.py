@@ -217,7 +217,7 @@ def measure_all(tasks: list[Task], shape: Shape, layers: int, console: Console) 
                 line = bar.add_task(task.name, total=task.layers)
                 contenders[task.name] = run(task, tell)
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     return contenders
 
 

@@ -108,7 +108,7 @@ def notes(results: dict[str, Any]) -> list[str]:
         f"{results['shape']}, linears at {results['ratio']}, {results['samples']} samples of "
         f"{results['tokens']} tokens; {machine['name']}{cores}. Random weights. Scaled from the layers "
         f"measured to all {results['layers']} layers; embeddings and the check of the checkpoints "
-        "are left out. CPU seconds: the time of all threads, which other work on the machine hardly changes."
+        "are left out. Every matrix has a budget of its own. CPU seconds: the time of all threads."
     ]
     for name, found in results["speed_up"].items():
         lines.append(
@@ -121,8 +121,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     if plain in results["contenders"]:
         lines.append(
             f"Allocation: prinmix-paper by the solver exact, its straightforward one by "
-            f"{results['solver'][plain]}; both of prinmix by the project's solver: SCIP does not do pairs of "
-            "widths in reasonable time."
+            f"{results['solver'][plain]}; both of prinmix by the project's solver: nothing to compare."
         )
     return lines
 

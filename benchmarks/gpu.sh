@@ -107,7 +107,7 @@ if wanted kernels; then
         tests/kernels/interpreted tests/kernels/test_gpu.py
 fi
 
-# 4 of the 28 layers of a 7B model; the straightforward implementation would take minutes for one.
+# Up to 4 of the 28 layers of a 7B model; without the straightforward implementation, to keep to the time.
 if wanted compression; then
     part compression 90 "$python" -m benchmarks.compression --device cuda --shape qwen2.5-7b --methods prinmix \
         --reference-layers 0 --budget-seconds 50 --out "$out/compression"
