@@ -168,6 +168,14 @@ def _check_options(options: Options) -> None:
             "the method needs a ratio", where=f"--method {options.method}", fix="give --ratio, such as 1/16"
         )
     options.method.check()
+    if options.method.repeats and (options.calibration == calibration.NONE or options.ray):
+        raise PrinMixError(
+            "the method calibrates on layers run again on their own outputs",
+            where=f"--method {options.method}",
+            found="--ray" if options.ray else f"--calibration {options.calibration}",
+            expected="calibration data, and a run without --ray",
+            fix="leave out --delta-come-quirk",
+        )
     check_at_least_one("--samples", options.samples)
     check_at_least_one("--sequence-length", options.sequence_length)
 

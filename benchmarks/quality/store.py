@@ -70,7 +70,7 @@ def pack(change: Change, transposed: bool) -> Packed:
 
 
 class Work:
-    """OUT/work/KEY: the compressed matrices of one run, until it is scored."""
+    """Folder work/KEY of OUT: the compressed matrices of one run, until it is scored."""
 
     def __init__(self, out: Path, key: dict[str, Any]) -> None:
         self.folder = out / "work" / name_of(key)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 
 from vllm_prinmix.compress.measure import activation_error
@@ -29,9 +31,9 @@ class MatrixBaseline(Baseline):
     """A baseline without SVD, one width for the whole matrix: its size follows from the width."""
 
     @property
+    @abstractmethod
     def width(self) -> int:
         """Bits of a code, where the options alone decide it."""
-        raise NotImplementedError
 
     @property
     def has_own_size(self) -> bool:

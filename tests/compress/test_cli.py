@@ -163,6 +163,13 @@ BAD: dict[str, tuple[Callable[[Pair, Path], list[object]], str]] = {
         lambda p, d: ["merge", "--base", p.base, "--delta", d, "--out", d, "--dtype", "int4"],
         r"unknown dtype.*int4.*bfloat16",
     ),
+    "quirk without data": (
+        lambda p, d: [
+            *compress_arguments(p, d)[:-3],
+            *("delta-come", "--delta-come-quirk", "--calibration", "none"),
+        ],
+        r"run again on their own outputs \[--method delta-come\]; found: --calibration none",
+    ),
     "verify calibration alone": (
         lambda p, d: ["verify", d, "--base", p.base, "--calibration", p.calibration],
         "give --finetuned or --from-lora too",

@@ -15,9 +15,9 @@ from rich.console import Console
 from safetensors import safe_open
 
 from tests.compress.pairs import Pair, finetune
+from tests.compress.test_resume import contents, interrupt
 from vllm_prinmix.compress.inspection import describe
 from vllm_prinmix.compress.methods.prinmix import PrinMix
-from vllm_prinmix.compress.partial import Partial
 from vllm_prinmix.compress.verify import verify
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format.checkpoint import EMBEDDING, HEAD, SINGLE, Checkpoint
@@ -153,10 +153,6 @@ def test_same_seed_same_bytes(
     assert files["one"][WEIGHTS_FILE] != files["three"][WEIGHTS_FILE]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def test_sharding_of_the_inputs_does_not_matter(
     make_pair: Callable[..., Pair], compress: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -255,19 +251,9 @@ def test_an_interrupted_run_keeps_the_shares(
     pair = make_pair()
     options = {"method": PrinMix(), "ratio": Fraction(1, 8)}
     compress(pair, tmp_path / "whole", **options)
-    kept, save = [], Partial.save
-
-    def interrupt(self: Partial, *arguments: Any) -> None:
-        if len(kept) == 12:
-            raise KeyboardInterrupt
-        kept.append(arguments)
-        save(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Partial, "save", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            compress(pair, tmp_path / "parts", **options)
+    interrupt(monkeypatch, after=12)
+    with pytest.raises(KeyboardInterrupt):
+        compress(pair, tmp_path / "parts", **options)
     monkeypatch.setattr(PrinMix, "curve", None)  # not called again
     compress(pair, tmp_path / "parts", **options)
-    for name in ("delta.safetensors", CONFIG_FILE):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
