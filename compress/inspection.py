@@ -28,7 +28,16 @@ def describe(folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder),
         **config.model_dump(
-            mode="json", include={"format_version", "tool", "base", "finetuned", "settings", "calibration"}
+            mode="json",
+            include={
+                "format_version",
+                "tool",
+                "base",
+                "finetuned",
+                "settings",
+                "calibration",
+                "distillation",
+            },
         ),
         "ratio": {
             "linear": _ratio([m for m in modules if m["name"] not in (EMBEDDING, HEAD)]),
@@ -89,6 +98,13 @@ def show(description: dict[str, Any], console: Console) -> None:
         )
     else:
         console.print("made without calibration data")
+    if trained := description["distillation"]:
+        console.print(
+            f"scales trained for {trained['steps']} steps, best after {trained['best_step']}: KL to the "
+            f"fine-tune on held-out samples {trained['kl_before']:.3g} -> {trained['kl_after']:.3g} nats per "
+            "token",
+            markup=False,
+        )
     console.print(f"base content digest {base['content_digest']}", soft_wrap=True)
     console.print(_table(description["modules"]))
     inputs = "on the calibration inputs X" if calibration else "with H = X X^T of `--calibration none`"

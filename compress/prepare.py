@@ -43,6 +43,7 @@ class Options:
     device: str = "auto"
     overwrite: bool = False
     lora: bool = False  # ``finetuned`` is a PEFT LoRA adapter of the base
+    distill: int = 0  # steps of training the scales; 0: they stay as the method chose them
     ray: bool = False  # compress on a Ray cluster; the delta is the same
 
 
@@ -91,6 +92,7 @@ class Job:
             **{name.replace("_", "-"): value for name, value in self.options.method.options().items()},
             "ratio": str(self.options.ratio),
             "budget": "shared" if self.shares else "module",
+            "distill": self.options.distill,
             "embedding-ratio": str(self.options.embedding_ratio),
             "device": self.device.type,
         }
@@ -177,6 +179,15 @@ def _check_options(options: Options) -> None:
             fix="leave out --delta-come-quirk",
         )
     check_at_least_one("--samples", options.samples)
+    if options.distill:
+        check_at_least_one("--distill", options.distill)
+        if options.calibration == calibration.NONE:
+            raise PrinMixError(
+                "scales are trained on calibration data",
+                where=f"--distill {options.distill}",
+                found=f"--calibration {options.calibration}",
+                fix="give calibration texts, or leave out --distill",
+            )
     check_at_least_one("--sequence-length", options.sequence_length)
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from vllm_prinmix import __version__
 from vllm_prinmix.compress.allocation.budgets import Curve, share
+from vllm_prinmix.compress.distillation.finish import distill
 from vllm_prinmix.compress.executor import Executor, Serial, on_ray
 from vllm_prinmix.compress.memory import trim
 from vllm_prinmix.compress.metrics import data_free, hessians
@@ -28,7 +29,9 @@ from vllm_prinmix.format.schema import (
     Base,
     Calibration,
     DeltaConfig,
+    Distillation,
     Exact,
+    Module,
     Settings,
     Weights,
 )
@@ -57,7 +60,9 @@ def _compress(options: Options, executor: Executor, console: Console) -> DeltaCo
             )
         try:
             _Run(job, partial, console).all(executor)
-            config = _assemble(job, partial)
+            finished = {name: partial.load(name) for name in job.kinds if name in partial}
+            distillation = distill(job, finished, console) if options.distill else None
+            config = _assemble(job, partial, finished, distillation)
             partial.publish(options.out, options.overwrite)
         finally:
             partial.close()
@@ -152,12 +157,16 @@ class _Run:
         self.progress.advance(self.task, self.job.finetuned.tensors[name].numel)
 
 
-def _assemble(job: Job, partial: Partial) -> DeltaConfig:
+def _assemble(
+    job: Job,
+    partial: Partial,
+    finished: dict[str, tuple[Module, torch.Tensor]],
+    distillation: Distillation | None,
+) -> DeltaConfig:
     """Write the delta folder, still inside OUT.partial."""
     folder = partial.folder / "delta"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    finished = {name: partial.load(name) for name in job.kinds if name in partial}
     options = job.options
     config = DeltaConfig(
         tool=f"vllm-prinmix {__version__}",
@@ -176,6 +185,7 @@ def _assemble(job: Job, partial: Partial) -> DeltaConfig:
             embedding_ratio=float(options.embedding_ratio),
         ),
         calibration=_calibration(job),
+        distillation=distillation,
         modules={name: spec for name, (spec, _) in finished.items()},
         unchanged=[name for name in job.kinds if name not in finished],
         weights=Weights(bytes=8, xxh3_128=""),

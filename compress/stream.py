@@ -66,19 +66,27 @@ def run_layer(
 
 
 @torch.no_grad()
+def final_norm(
+    model: Any, checkpoint: Checkpoint, hidden: list[torch.Tensor], device: torch.device
+) -> Iterator[torch.Tensor]:
+    """lm_head's inputs from the last layer's outputs: float32 [1, tokens, hidden] on ``device`` each."""
+    norm = model.model.norm
+    norm.load_state_dict({"weight": checkpoint.load("model.norm.weight", torch.float32)}, assign=True)
+    norm.to(device)
+    for states in hidden:
+        yield norm(states.to(device))
+    norm.to("meta")
+
+
 def head_moments(
     model: Any, checkpoint: Checkpoint, hidden: list[torch.Tensor], device: torch.device
 ) -> torch.Tensor:
     """float32 [hidden, hidden]: X X^T of lm_head's inputs, from the last layer's outputs."""
-    norm = model.model.norm
-    norm.load_state_dict({"weight": checkpoint.load("model.norm.weight", torch.float32)}, assign=True)
-    norm.to(device)
     width = hidden[0].shape[-1]
     moments = torch.zeros(width, width, device=device)
-    for states in hidden:
-        x = norm(states.to(device)).reshape(-1, width)
+    for states in final_norm(model, checkpoint, hidden, device):
+        x = states.reshape(-1, width)
         moments.addmm_(x.T, x)
-    norm.to("meta")
     return moments
 
 

@@ -139,6 +139,13 @@ def compress(
         bool,
         typer.Option("--delta-come-quirk", help="delta-come: calibrate as its published program does."),
     ] = False,
+    distill: Annotated[
+        int,
+        typer.Option(
+            help="Afterwards train all scales for so many steps, so that the model as a whole predicts what "
+            "the fine-tune does: no more bytes. 150 are enough. The whole model is in memory, in float32."
+        ),
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Of the choice of samples and windows.")] = 0,
     device: Annotated[str, typer.Option(help="auto: cuda where there is one, else cpu.")] = "auto",
     ray: Annotated[
@@ -182,6 +189,7 @@ def compress(
         seed=seed,
         device=device,
         overwrite=overwrite,
+        distill=distill,
         ray=ray,
     )
     console = Console(stderr=True)

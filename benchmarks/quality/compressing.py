@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,12 @@ from benchmarks.quality.metrics import output_errors
 from benchmarks.quality.settings import Compressor, Setting
 from benchmarks.quality.store import Packed, Work, pack
 from vllm_prinmix.compress.allocation.budgets import Curve, share
+from vllm_prinmix.compress.distillation.student import Student
+from vllm_prinmix.compress.distillation.teacher import Teacher
+from vllm_prinmix.compress.distillation.train import train
+from vllm_prinmix.compress.measure import activation_error
 from vllm_prinmix.compress.memory import trim
-from vllm_prinmix.compress.model import Kind
+from vllm_prinmix.compress.model import Kind, build_model
 from vllm_prinmix.compress.quantization.hessian import Hessian
 from vllm_prinmix.compress.task import Task, survey
 from vllm_prinmix.errors import PrinMixError
@@ -54,14 +58,7 @@ def compress(
     """
     samples = material.samples(runs[0].setting, runs[0].seed)
     _share(material, runs, samples, tell)
-    heldout = Heldout(material)
-    activations: dict[str, Activations] = {}
-    wanted = set(material.matrices)
-    for name, hessian in metrics_of(material, samples, wanted, tell):
-        layer = layer_of(name)
-        if layer is not None and name not in activations:
-            activations.clear()
-            activations |= heldout.layer(layer)
+    for name, hessian, activations in inputs(material, samples, tell):
         change = material.change(name)
         for run in runs:
             if run.failed is None and name not in run.work:
@@ -70,14 +67,57 @@ def compress(
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
                     try:
-                        _matrix(material, run, name, change, hessian, activations.get(name))
+                        _matrix(material, run, name, change, hessian, activations)
                     except PrinMixError as error:
                         run.failed = f"{name}: {error}"
                 run.seconds += time.monotonic() - start
                 notes |= {f"{run.setting}: {warning.message}" for warning in caught}
             advance(change.numel())
-        del hessian  # a layer's last one would live on while the next layer runs
+        del hessian, activations  # a layer's last ones would live on while the next layer runs
         trim()
+    for run in runs:
+        if run.setting.distill and run.failed is None:
+            tell(f"{run}: training the scales")
+            start = time.monotonic()
+            _distill(material, run, samples, tell)
+            run.seconds += time.monotonic() - start
+
+
+def inputs(
+    material: Material, samples: list[torch.Tensor], tell: Callable[[str], None]
+) -> Iterator[tuple[str, Hessian, Activations | None]]:
+    """All matrices: (name, metric of the calibration inputs, held-out activations of a layer's linears)."""
+    heldout = Heldout(material)
+    activations: dict[str, Activations] = {}
+    for name, hessian in metrics_of(material, samples, set(material.matrices), tell):
+        layer = layer_of(name)
+        if layer is not None and name not in activations:
+            activations.clear()
+            activations |= heldout.layer(layer)
+        yield name, hessian, activations.get(name)
+        del hessian
+
+
+def _distill(material: Material, run: Run, samples: list[torch.Tensor], tell: Callable[[str], None]) -> None:
+    """Train the scales of a run whose matrices are all there, as `prinmix compress --distill` does it.
+
+    The trained ones go to a `Work` of their own: an interrupted run must not train them once more.
+    """
+    device, model = material.limits.device, material.model
+    quantized = {name: run.work.quantized(name) for name in material.matrices}
+    exact = {n: material.finetuned.load(n) for n in material.changed if material.is_exact(n)}
+    teacher = Teacher(model, material.finetuned, samples, device, tell)
+    student = Student(build_model(model.config), material.base, quantized, exact, device)
+    trained = train(student, teacher, samples, run.setting.distill, run.seed, lambda text: None).changes
+    del teacher, student
+    untrained, run.work = run.work, Work(run.work.folder.parents[1], run.key | {"scales": "trained"})
+    for name, hessian, activations in inputs(material, samples, tell):
+        packed, change = pack(trained[name], transposed=False), material.change(name)
+        decoded = packed.dense.to(change.device)
+        turned = transposed(name, model)
+        error = activation_error(*((change.T, decoded.T) if turned else (change, decoded)), hessian)
+        run.work.save(name, packed, {"calibration": error} | _held_out(change, decoded, activations))
+    untrained.remove()
 
 
 def _share(
@@ -117,7 +157,13 @@ def _matrix(
     compressed, report = method.compress(change.T.contiguous() if turned else change, hessian, limit)
     packed: Packed = pack(compressed, turned)
     figures = {"calibration": float(report["error"])}
-    if activations is not None:
-        decoded = packed.dense.to(change.device)
-        figures |= output_errors(change, decoded, activations.inputs, activations.outliers).asdict()
+    figures |= _held_out(change, packed.dense.to(change.device), activations)
     run.work.save(name, packed, figures)
+
+
+def _held_out(
+    change: torch.Tensor, decoded: torch.Tensor, activations: Activations | None
+) -> dict[str, float]:
+    if activations is None:
+        return {}
+    return output_errors(change, decoded, activations.inputs, activations.outliers).asdict()

@@ -114,6 +114,7 @@ class Material:
             "method": setting.method,
             "options": setting.compressor().options(),
             "ratio": str(setting.ratio),
+            "distill": setting.distill,
             "shared_budget": setting.shares(setting.compressor()),
             "embedding_ratio": str(limits.embedding_ratio),
             "calibration": _sha256(self.samples(setting, seed)),

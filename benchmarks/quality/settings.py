@@ -36,6 +36,7 @@ class Setting:
     samples: int = 0  # calibration samples; 0: as many as --samples says
     lora: bool = False  # of the pair's LoRA fine-tune
     shared_budget: bool = True  # see prepare.Options
+    distill: int = 0  # steps of training the scales
 
     def compressor(self) -> Compressor:
         """Raises PrinMixError for a method or option that does not exist."""
@@ -58,7 +59,8 @@ class Setting:
     def __str__(self) -> str:
         options = "".join(f" {name}={value}" for name, value in self.options)
         budget = "" if self.shared_budget else " budget=module"
-        return f"{self.method}{options}{budget}{'' if self.ratio is None else f' {self.ratio}'}"
+        trained = f" distill={self.distill}" if self.distill else ""
+        return f"{self.method}{options}{budget}{trained}{'' if self.ratio is None else f' {self.ratio}'}"
 
 
 def setting(method: str, ratio: Fraction | None, **options: Any) -> Setting:

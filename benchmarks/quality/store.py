@@ -18,7 +18,7 @@ from benchmarks.quality.schemes import Dense
 from benchmarks.quality.settings import Change
 from vllm_prinmix.format.payload import decode, encode
 from vllm_prinmix.format.schema import Module
-from vllm_prinmix.kernels.quantized import QuantizedFactors
+from vllm_prinmix.kernels.quantized import QuantizedFactors, QuantizedMatrix
 
 _MODULE: TypeAdapter[Any] = TypeAdapter(Module)
 
@@ -90,11 +90,19 @@ class Work:
 
     def load(self, name: str) -> tuple[torch.Tensor, dict[str, Any]]:
         """(dense float32 change, or nothing of a reference's; figures)."""
-        with safe_open(self._file(name), framework="pt") as file:
-            tensor, metadata = file.get_tensor("payload"), file.metadata()
+        tensor, metadata = self._read(name)
         if "spec" in metadata:
             tensor = decode(_MODULE.validate_json(metadata["spec"]), tensor).dense()
         return tensor, json.loads(metadata["figures"])
+
+    def quantized(self, name: str) -> QuantizedFactors | QuantizedMatrix:
+        """The quantized form of a matrix that the format holds."""
+        tensor, metadata = self._read(name)
+        return decode(_MODULE.validate_json(metadata["spec"]), tensor)
+
+    def _read(self, name: str) -> tuple[torch.Tensor, dict[str, str]]:
+        with safe_open(self._file(name), framework="pt") as file:
+            return file.get_tensor("payload"), file.metadata()
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

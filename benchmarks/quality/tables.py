@@ -19,6 +19,7 @@ SIZES = (16, 32, 64, 128, 256)  # Table 10
 HIGHEST = (4, 5, 6, 7, 8)  # widest candidate, Table 13
 # What stands in for methods that cannot reach 1/16: GPTQ's one bit per weight and grid per row is just more.
 LEAST: dict[str, dict[str, Any]] = {"gptq": {"bits": (1,)}}
+DISTILL = 150  # steps of training the scales
 LORA_RATIO = 4  # a LoRA fine-tune's ratio as a part of --ratio, Table 6
 
 TASK, THIRDS, TYPES = "task", "thirds", "types"  # what is shown of each row
@@ -186,6 +187,20 @@ def ablation(choice: Choice, pair: Pair) -> Table:
     return Table("ablation", f"Steps of {OURS}, α = {as_text(choice.ratio)}", ("steps", ""), rows)
 
 
+def distillation(choice: Choice, pair: Pair) -> Table:
+    """What training the scales (`--distill`) is worth to a method."""
+    rows = []
+    for method in choice.of("bitdelta", BEST_BASELINE, PAPER, OURS):
+        for ratio in dict.fromkeys((choice.ratio, choice.ratio / 2)):
+            found = choice.at(method, ratio)
+            label = "its own" if found.ratio is None else as_text(found.ratio)
+            rows.append(Row((method, label, ""), found))
+            rows.append(Row((method, label, "trained"), replace(found, distill=DISTILL)))
+            if found.ratio is None:
+                break
+    return Table("distill", f"Scales trained for {DISTILL} steps", ("method", "α", "scales"), rows)
+
+
 TABLES: dict[str, Callable[[Choice, Pair], Table]] = {
     "2": main,
     "4": active_widths,
@@ -199,6 +214,7 @@ TABLES: dict[str, Callable[[Choice, Pair], Table]] = {
     "13": candidates,
     "15": layer_types,
     "ablation": ablation,
+    "distill": distillation,
 }
 SAME = {"3": "2"}  # Table 3 is Table 2 on larger models
 

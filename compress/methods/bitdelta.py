@@ -21,7 +21,7 @@ class BitDelta(MatrixBaseline):
     """dW ~= a sign(dW), sign(0) = +1.
 
     ``scale``: "mean" is the published start, a = mean |dW|, the best for the weights; "fitted" is the best
-    for the outputs on calibration data. The published training of the scales is not part of it.
+    for the outputs on calibration data. The published training of the scales is `--distill`, for all methods.
     """
 
     name: ClassVar[str] = "bitdelta"

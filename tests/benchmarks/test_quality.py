@@ -84,6 +84,7 @@ def filled(pair: Pair, limits: Limits, tmp_path_factory: pytest.TempPathFactory)
     with pytest.MonkeyPatch.context() as patch:
         for name, values in (("ACTIVE", (2, 4)), ("SIZES", (4, 8)), ("HIGHEST", (4, 8))):
             patch.setattr(tables_module, name, values)
+        patch.setattr(tables_module, "DISTILL", 2)
         patch.setitem(DEFAULTS, "prinmix", {"alternations": 0, "clipping": False})
         tables = [make(CHOICE, pair) for make in TABLES.values()]
         results = measure(pair, settings_of(tables), [0], limits, out, Console(quiet=True))
@@ -216,6 +217,7 @@ ROWS = {
     "13": 2 * 2,
     "15": 7 * (1 + METHODS),
     "ablation": 2 + len(PrinMix.steps) * 2 - 1 + 1,
+    "distill": METHODS * 2 * 2,
 }
 
 

@@ -26,7 +26,7 @@ from vllm_prinmix.compress.methods.prinmix import PrinMix
 from vllm_prinmix.compress.prepare import Options
 from vllm_prinmix.compress.run import compress
 
-# The interpreter takes seconds for what a GPU does in microseconds: small models, three tenants of one fine-tune.
+# Interpreting takes seconds where a GPU takes microseconds: small models, three tenants of one fine-tune.
 METHODS = {"joint": PrinMix(), "published": Paper(solver="exact"), "matrix": Gptq(bits=(2,))}
 PROMPT, TOKENS = 24, 2  # tokens; more than 16 rows of a tenant are prefill to the kernels
 
@@ -91,7 +91,7 @@ def test_equal_to_the_merged_checkpoints(
     prompt = tokenizer.encode(inspect.getsource(json.decoder), add_special_tokens=False)[:PROMPT]
     checkpoints = {"base": models / "base", **merged}
     replies = complete_together(interpreted.url, [(name, prompt) for name in checkpoints], tokens=TOKENS)
-    for (name, checkpoint), reply in zip(checkpoints.items(), replies, strict=True):
+    for checkpoint, reply in zip(checkpoints.values(), replies, strict=True):
         model: torch.nn.Module = load_reference(checkpoint)
         assert_equal_to_reference(model, [prompt], [reply])
     assert len({tuple(reply.logprobs) for reply in replies}) == len(replies), "two tenants answer alike"

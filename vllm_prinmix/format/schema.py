@@ -85,6 +85,15 @@ class Settings(Strict):
     embedding_ratio: float
 
 
+class Distillation(Strict):
+    """Training of the scales; mean KL divergence to the fine-tune, nats per token of held-out samples."""
+
+    steps: Annotated[int, Field(ge=1)]
+    best_step: Annotated[int, Field(ge=0)]  # whose scales these are; 0: no step was better than none
+    kl_before: float
+    kl_after: float
+
+
 class Weights(Strict):
     """delta.safetensors: its size in bytes and the XXH3-128 of its bytes, checked at each load."""
 
@@ -101,6 +110,7 @@ class DeltaConfig(Strict):
     finetuned: str
     settings: Settings
     calibration: Calibration | None
+    distillation: Distillation | None = None
     modules: dict[str, Module]
     unchanged: list[str]
     weights: Weights
