@@ -151,8 +151,8 @@ def _check_options(options: Options) -> None:
             "calibration text is required: the compression is fitted to what the model reads",
             where="--calibration",
             expected="a .txt file (one sample a line), a .jsonl file (field `text`) or a dataset",
-            fix="give --calibration FILE with texts as the fine-tune's users write them; without any, "
-            f"--calibration {calibration.NONE} at a loss of quality",
+            fix="give --calibration FILE with texts as the fine-tune's users write them; without any, let "
+            "the model write them: `prinmix calibration`",
         )
     flag = "--from-lora" if options.lora else "--finetuned"
     inputs = {"--base": options.base, flag: options.finetuned, "--calibration": options.calibration}

@@ -203,6 +203,35 @@ def compress(
     inspection.show(inspection.describe(out), Console())
 
 
+@app.command("calibration")
+def calibration_(
+    finetuned: Annotated[str, typer.Option(help="The fine-tuned model: a checkpoint folder or hub id.")],
+    out: Annotated[Path, typer.Option(help="The .jsonl file to write, for `compress --calibration`.")],
+    samples: Annotated[int, typer.Option(help="Texts.")] = 128,
+    tokens: Annotated[int, typer.Option(help="At most, of a question and of an answer.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    device: Annotated[str, typer.Option(help="auto: cuda where there is one, else cpu.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Let a fine-tune write calibration texts itself, where there are none of its users'."""
+    from vllm_prinmix.compress.generation import write_calibration
+    from vllm_prinmix.compress.prepare import progress_bar
+
+    with progress_bar(Console(stderr=True)) as progress:
+        task = progress.add_task("Writing", total=samples)
+        total = write_calibration(
+            finetuned,
+            out,
+            samples=samples,
+            tokens=tokens,
+            seed=seed,
+            device=device,
+            overwrite=overwrite,
+            advance=lambda count: progress.advance(task, count),
+        )
+    typer.echo(f"{out}: {samples} texts, {total} tokens. Have a look at them before you rely on them.")
+
+
 @app.command("inspect")
 def inspect_(
     delta: DeltaArgument, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,13 +15,16 @@ import torch
 
 from benchmarks.demo.tasks import Question, read_questions
 from benchmarks.quality.pairs import Pair
-from benchmarks.quality.settings import NONE, OTHER, Compressor, Setting
+from benchmarks.quality.settings import NONE, OTHER, WRITTEN, Compressor, Setting
 from vllm_prinmix.compress import account, calibration
+from vllm_prinmix.compress.generation import write_calibration
 from vllm_prinmix.compress.model import Kind, build_model, expected_tensors, read_architecture
 from vllm_prinmix.compress.ratio import budget, check_reachable
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format.checkpoint import Checkpoint
 from vllm_prinmix.format.digest import sample_digest
+
+WRITTEN_TOKENS = 512  # of a question, and of an answer, that the fine-tune writes itself
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Material:
         self.kinds = {name: kind for name, (kind, _) in expected.items()}
         self.shapes = {name: shape for name, (_, shape) in expected.items()}
         self.tokenizer = calibration.load_tokenizer(self.finetuned, self.base)
+        self._folder = tempfile.TemporaryDirectory()  # of texts that the model writes
         self._samples: dict[tuple[str, int, int], list[torch.Tensor]] = {}
 
     @cached_property
@@ -98,12 +103,31 @@ class Material:
         """The calibration samples of one run: token ids; none where there is no data."""
         if setting.calibration == NONE:
             return []
-        source = self.pair.calibration_other if setting.calibration == OTHER else self.pair.calibration
+        count = setting.samples or self.limits.samples
+        if setting.calibration == WRITTEN:
+            source: str | None = self._written(count, seed)
+        else:
+            source = self.pair.calibration_other if setting.calibration == OTHER else self.pair.calibration
         assert source is not None
-        key = source, setting.samples or self.limits.samples, seed
+        key = source, count, seed
         if key not in self._samples:
             self._samples[key] = self._draw(*key)
         return self._samples[key]
+
+    def _written(self, count: int, seed: int) -> str:
+        """A file of texts by the fine-tune itself, as `prinmix calibration` makes it."""
+        out = Path(self._folder.name) / f"{count}-{seed}.jsonl"
+        if not out.exists():
+            write_calibration(
+                str(self.finetuned.folder),
+                out,
+                samples=count,
+                tokens=WRITTEN_TOKENS,
+                seed=seed,
+                device=self.limits.device.type,
+                overwrite=False,
+            )
+        return str(out)
 
     def key(self, setting: Setting, seed: int, code: str) -> dict[str, Any]:
         """All that a run's result depends on, but for the machine."""

@@ -16,7 +16,8 @@ from vllm_prinmix.compress.methods import registry
 from vllm_prinmix.compress.methods.base import Method
 from vllm_prinmix.kernels.quantized import QuantizedFactors, QuantizedMatrix
 
-OWN, OTHER, NONE = "own", "other", "none"  # calibration: in-domain, another domain, no data
+# Calibration: in-domain, another domain, written by the fine-tune itself, no data.
+OWN, OTHER, WRITTEN, NONE = "own", "other", "written", "none"
 # The same optimum as SCIP's, many times faster.
 DEFAULTS: dict[str, dict[str, Any]] = {"prinmix-paper": {"solver": "exact"}}
 REFERENCES = ("base", "fine-tuned")

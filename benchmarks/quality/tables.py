@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.quality.pairs import Pair
 from benchmarks.quality.schemes import RowWise
-from benchmarks.quality.settings import NONE, OTHER, OWN, Setting, references, setting
+from benchmarks.quality.settings import NONE, OTHER, OWN, WRITTEN, Setting, references, setting
 from vllm_prinmix.compress.methods import registry
 from vllm_prinmix.compress.ratio import as_text
 
@@ -145,7 +145,12 @@ def calibration_size(choice: Choice, pair: Pair) -> Table:
 def calibration_domain(choice: Choice, pair: Pair) -> Table:
     rows = []
     for method in choice.methods:
-        for label, source in (("in-domain", OWN), ("other", OTHER), ("no data", NONE)):
+        for label, source in (
+            ("in-domain", OWN),
+            ("other", OTHER),
+            ("written by the model", WRITTEN),
+            ("no data", NONE),
+        ):
             missing = source == OTHER and pair.calibration_other is None
             reason = "the pair has no text of another domain (--calibration-other)" if missing else None
             found = None if missing else replace(choice.at(method), calibration=source)

@@ -213,7 +213,7 @@ ROWS = {
     "8": 5,
     "9": METHODS * 2,
     "10": METHODS * 2,
-    "11": METHODS * 3,
+    "11": METHODS * 4,
     "13": 2 * 2,
     "15": 7 * (1 + METHODS),
     "ablation": 2 + len(PrinMix.steps) * 2 - 1 + 1,
