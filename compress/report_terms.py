@@ -54,7 +54,7 @@ def terms(
     check_tensors(finetuned, expected_tensors(model))
     name = _name(model, module)
     if calibration == NONE:
-        metrics = data_free(model, finetuned, {name}, torch.device("cpu"))
+        metrics = data_free(model, base, finetuned, {name}, torch.device("cpu"))
     else:
         samples = draw_again(config, calibration, finetuned, base, settings.vocab_size)
         with console.status("Running the calibration samples"):

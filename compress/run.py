@@ -143,7 +143,7 @@ class _Run:
     def _metrics(self, wanted: set[str]) -> Iterator[tuple[str, Hessian]]:
         job = self.job
         if job.samples is None:
-            return data_free(job.model, job.finetuned, wanted, job.device)
+            return data_free(job.model, job.base, job.finetuned, wanted, job.device)
         samples, repeats = job.samples.tokens, job.options.method.repeats
         return hessians(job.model, job.finetuned, samples, wanted, job.device, self._tell, repeats)
 

@@ -129,7 +129,7 @@ def _check_errors(
     cpu = torch.device("cpu")
     if source == NONE:
         same = recorded is None
-        metrics = data_free(model, finetuned, wanted, cpu)
+        metrics = data_free(model, base, finetuned, wanted, cpu)
     else:
         samples = draw_again(delta.config, source, finetuned, base, model.config.vocab_size)
         same = recorded is not None and samples.sha256 == recorded.sha256

@@ -11,7 +11,7 @@ import torch
 from benchmarks.quality.material import Material
 from benchmarks.quality.metrics import outliers
 from vllm_prinmix.compress import stream
-from vllm_prinmix.compress.metrics import hessians
+from vllm_prinmix.compress.metrics import data_free, hessians
 from vllm_prinmix.compress.model import is_tied, layer_prefix
 from vllm_prinmix.compress.quantization.hessian import Hessian
 from vllm_prinmix.format.checkpoint import EMBEDDING
@@ -84,11 +84,8 @@ def metrics_of(
     device = material.limits.device
     if samples:
         yield from hessians(material.model, material.finetuned, samples, wanted, device, tell)
-        return
-    for name in material.kinds:
-        if name in wanted:
-            rows, cols = material.shapes[name]
-            yield name, Hessian(torch.ones(rows if transposed(name, material.model) else cols, device=device))
+    else:
+        yield from data_free(material.model, material.base, material.finetuned, wanted, device)
 
 
 def transposed(name: str, model: Any) -> bool:

@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 
 from tests.compress.layers import make_layer
-from tests.compress.pairs import Pair, build, tiny_config
+from tests.compress.pairs import Pair, build, finetune, tiny_config
 from vllm_prinmix.compress import inspection, stream
 from vllm_prinmix.compress.calibration import NONE
 from vllm_prinmix.compress.measure import activation_error
 from vllm_prinmix.compress.methods import registry
-from vllm_prinmix.compress.metrics import data_free
+from vllm_prinmix.compress.metrics import SPREAD, _expected_moments, data_free
 from vllm_prinmix.compress.model import build_model, expected_tensors, is_tied
 from vllm_prinmix.compress.quantization.gptq import gptq
 from vllm_prinmix.compress.quantization.grid import minmax_grid, quantize
@@ -43,15 +43,36 @@ def test_every_matrix_has_a_metric(tmp_path: Path, architecture: str, tied: bool
     build(config, seed=0).save_pretrained(tmp_path)
     model, checkpoint = build_model(config), Checkpoint(tmp_path)
     shapes = {n: s for n, (_, s) in expected_tensors(model).items() if len(s) == 2}
-    found = dict(data_free(model, checkpoint, set(shapes), torch.device("cpu")))
+    changed = build(config, seed=0)
+    finetune(changed, seed=1)
+    changed.save_pretrained(tmp_path / "tuned")
+    arguments = model, checkpoint, Checkpoint(tmp_path / "tuned")
+    found = dict(data_free(*arguments, set(shapes), torch.device("cpu")))
     assert set(found) == set(shapes)
     for name, hessian in found.items():
         rows, cols = shapes[name]
-        assert hessian.is_diagonal
+        assert hessian.is_diagonal == (name == EMBEDDING)
         assert hessian.size == (rows if name == EMBEDDING and not is_tied(model) else cols)
     some = {"model.layers.1.self_attn.k_proj.weight"}
-    assert [name for name, _ in data_free(model, checkpoint, some, torch.device("cpu"))] == list(some)
+    assert [name for name, _ in data_free(*arguments, some, torch.device("cpu"))] == list(some)
     assert (HEAD in found) != tied
+
+
+def test_the_metric_is_made_of_the_change_and_the_norm(tmp_path: Path) -> None:
+    """The documented formula, entry by entry, and no more than a factor when inputs are measured otherwise."""
+    dw, weights = matrix(6, 5), torch.tensor([1.0, 0.5, 3.0, 2.0, 0.1])
+    found = _expected_moments(dw, weights)
+    scaled = dw * weights
+    mean = sum(float(scaled[:, k] @ scaled[:, k]) for k in range(5)) / 5
+    for k in range(5):
+        for j in range(5):
+            moment = float(scaled[:, k] @ scaled[:, j]) / mean + (SPREAD if k == j else 0.0)
+            assert float(found[k, j]) == pytest.approx(float(weights[k] * weights[j]) * moment, rel=1e-4)
+    units = torch.tensor(
+        [1.0, 64.0, 0.25, 1.0, 7.0]
+    )  # x_k becomes units_k x_k, and with it w_k; dW is divided
+    other = _expected_moments(dw / units, weights * units)
+    torch.testing.assert_close(other, found * units[:, None] * units, rtol=1e-4, atol=1e-6)
 
 
 def test_a_diagonal_metric_is_the_dense_one() -> None:
@@ -135,5 +156,5 @@ def test_verify_measures_on_data_that_the_delta_was_made_without(
 def test_no_calibration_at_all_is_an_error_that_names_the_way_out(
     make_pair: Callable[..., Pair], compress: Callable[..., str], tmp_path: Path
 ) -> None:
-    with pytest.raises(PrinMixError, match=r"required.*--calibration none at a loss of quality"):
+    with pytest.raises(PrinMixError, match=r"required.*prinmix calibration"):
         compress(make_pair(), tmp_path / "delta", calibration=None)
