@@ -58,8 +58,8 @@ def test_every_matrix_has_a_metric(tmp_path: Path, architecture: str, tied: bool
     assert (HEAD in found) != tied
 
 
-def test_the_metric_is_made_of_the_change_and_the_norm(tmp_path: Path) -> None:
-    """The documented formula, entry by entry, and no more than a factor when inputs are measured otherwise."""
+def test_the_metric_is_made_of_the_change_and_the_norm() -> None:
+    """The documented formula, entry by entry; inputs measured in other units have the same metric in these."""
     dw, weights = matrix(6, 5), torch.tensor([1.0, 0.5, 3.0, 2.0, 0.1])
     found = _expected_moments(dw, weights)
     scaled = dw * weights
@@ -68,9 +68,7 @@ def test_the_metric_is_made_of_the_change_and_the_norm(tmp_path: Path) -> None:
         for j in range(5):
             moment = float(scaled[:, k] @ scaled[:, j]) / mean + (SPREAD if k == j else 0.0)
             assert float(found[k, j]) == pytest.approx(float(weights[k] * weights[j]) * moment, rel=1e-4)
-    units = torch.tensor(
-        [1.0, 64.0, 0.25, 1.0, 7.0]
-    )  # x_k becomes units_k x_k, and with it w_k; dW is divided
+    units = torch.tensor([1.0, 64.0, 0.25, 1.0, 7.0])  # x_k and w_k are multiplied, dW is divided
     other = _expected_moments(dw / units, weights * units)
     torch.testing.assert_close(other, found * units[:, None] * units, rtol=1e-4, atol=1e-6)
 
