@@ -59,7 +59,7 @@ def test_every_matrix_has_a_metric(tmp_path: Path, architecture: str, tied: bool
 
 
 def test_the_metric_is_made_of_the_change_and_the_norm() -> None:
-    """The documented formula, entry by entry; inputs measured in other units have the same metric in these."""
+    """The documented formula, entry by entry; in other units of the inputs it is the same metric."""
     dw, weights = matrix(6, 5), torch.tensor([1.0, 0.5, 3.0, 2.0, 0.1])
     found = _expected_moments(dw, weights)
     scaled = dw * weights
