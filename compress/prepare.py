@@ -142,6 +142,7 @@ def prepare(options: Options, console: Console) -> Job:
         finetuned_digest=combine(finetuned, digests[1]),
     )
     _check_ratios(job)
+    _warn_of_few_tokens(job, console)
     return job
 
 
@@ -222,6 +223,19 @@ def _draw_samples(
             markup=False,
         )
     return samples
+
+
+def _warn_of_few_tokens(job: Job, console: Console) -> None:
+    """With fewer tokens than inputs H is blind to some directions, and what a layer needs is underrated."""
+    if not job.shares or job.samples is None:
+        return
+    inputs, name = max((job.shapes[n][1], n) for n, kind in job.kinds.items() if kind is Kind.LINEAR)
+    if job.samples.total < inputs:
+        console.print(
+            f"calibration has {job.samples.total} tokens, fewer than the {inputs} inputs of {name}: "
+            "too few to share the bytes by. Give more samples, or --budget module",
+            markup=False,
+        )
 
 
 def _read_all(checkpoints: list[Checkpoint], console: Console) -> list[dict[str, str]]:

@@ -257,3 +257,13 @@ def test_an_interrupted_run_keeps_the_shares(
     monkeypatch.setattr(PrinMix, "curve", None)  # not called again
     compress(pair, tmp_path / "parts", **options)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_too_few_tokens_to_share_a_budget_by_are_said(
+    make_pair: Callable[..., Pair], compress: Callable[..., str], tmp_path: Path
+) -> None:
+    pair, text = make_pair(), "too few to share the bytes by"
+    few = {"method": PrinMix(alternations=0, clipping=False), "ratio": Fraction(1, 8), "samples": 1}
+    assert text in compress(pair, tmp_path / "shared", **few)
+    assert text not in compress(pair, tmp_path / "module", shared_budget=False, **few)
+    assert text not in compress(pair, tmp_path / "more", **(few | {"samples": 8}))
