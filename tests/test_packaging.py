@@ -34,7 +34,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sources() -> set[str]:
     """Every module of the package as the wheel must hold it."""
     found = {f"vllm_prinmix/{p.name}" for p in (ROOT / "vllm_prinmix").glob("*.py")}
-    found |= {f"vllm_prinmix/format/{p.name}" for p in (ROOT / "vllm_prinmix" / "format").glob("*.py")}
+    for folder in ("cli", "format"):
+        found |= {f"vllm_prinmix/{folder}/{p.name}" for p in (ROOT / "vllm_prinmix" / folder).glob("*.py")}
     for folder in ("compress", "kernels"):
         found |= {f"vllm_prinmix/{p.relative_to(ROOT)}" for p in (ROOT / folder).rglob("*.py")}
     return found
