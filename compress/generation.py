@@ -18,7 +18,7 @@ import torch
 
 from vllm_prinmix.compress.calibration import load_tokenizer
 from vllm_prinmix.compress.model import read_architecture
-from vllm_prinmix.compress.partial import write_atomically
+from vllm_prinmix.compress.partial import disk_errors, write_atomically
 from vllm_prinmix.compress.prepare import pick_device
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format.checkpoint import Checkpoint
@@ -60,6 +60,8 @@ def write_calibration(
     for option, value in (("--samples", samples), ("--tokens", tokens)):
         if value < 1:
             raise PrinMixError("the number is too small", where=option, found=value, expected="at least 1")
+    with disk_errors(out, "nothing was written"):  # before the work, where it can be
+        out.parent.mkdir(parents=True, exist_ok=True)
     chosen = pick_device(device)
     checkpoint = Checkpoint(finetuned)
     read_architecture(checkpoint)
@@ -78,8 +80,8 @@ def write_calibration(
     if not any(text.strip() for text in texts):
         raise PrinMixError("the model wrote nothing", where=finetuned, fix="give texts of your own")
     lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, lines.encode())
+    with disk_errors(out, "nothing was written"):
+        write_atomically(out, lines.encode())
     return total
 
 

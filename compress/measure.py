@@ -17,12 +17,19 @@ def activation_energy(dw: torch.Tensor, hessian: Hessian) -> float:
 
 
 def activation_error(
-    dw: torch.Tensor, decoded: torch.Tensor, hessian: Hessian, energy: float | None = None
+    dw: torch.Tensor,
+    decoded: torch.Tensor,
+    hessian: Hessian,
+    energy: float | None = None,
+    transposed: bool = False,
 ) -> float:
     """||dW X - dW^ X||_F^2 / ||dW X||_F^2 of two float32 [rows, cols] (Eq. 1); 0 / 0 is 0.
 
-    ``energy`` is the `activation_energy` of dW where it is known: half of the work.
+    ``energy`` is the `activation_energy` of dW where it is known: half of the work. ``transposed``: the
+    metric is that of dW^T's inputs (`model.is_transposed`).
     """
+    if transposed:
+        dw, decoded = dw.T, decoded.T
     over = sum(
         hessian.norm(a - b).sum().item() for a, b in zip(dw.split(ROWS), decoded.split(ROWS), strict=True)
     )

@@ -94,5 +94,10 @@ def is_tied(model: Any) -> bool:
     return HEAD not in dict(model.named_parameters())
 
 
+def is_transposed(model: Any, name: str) -> bool:
+    """Whether a matrix is compressed as its transpose: an untied embedding, whose inputs are one-hot."""
+    return name == EMBEDDING and not is_tied(model)
+
+
 def layer_prefix(index: int) -> str:
     return f"model.layers.{index}."

@@ -16,13 +16,13 @@ from vllm_prinmix.compress.distillation.finish import distill
 from vllm_prinmix.compress.executor import Executor, Serial, on_ray
 from vllm_prinmix.compress.memory import trim
 from vllm_prinmix.compress.metrics import data_free, hessians
-from vllm_prinmix.compress.model import Kind, is_tied
+from vllm_prinmix.compress.model import Kind, is_transposed
 from vllm_prinmix.compress.partial import Partial, disk_errors
 from vllm_prinmix.compress.prepare import Job, Options, pick_device, prepare, progress_bar
 from vllm_prinmix.compress.quantization.hessian import Hessian
 from vllm_prinmix.compress.sidefiles import copy, own
 from vllm_prinmix.compress.task import Result, Task, solve, survey
-from vllm_prinmix.format.checkpoint import EMBEDDING, FLOATS
+from vllm_prinmix.format.checkpoint import FLOATS
 from vllm_prinmix.format.delta import write_delta
 from vllm_prinmix.format.digest import sample_digest
 from vllm_prinmix.format.schema import (
@@ -132,9 +132,8 @@ class _Run:
             self._tell(name.removeprefix("model.").removesuffix(".weight"))
             dw = job.finetuned.difference(job.base, name).to(job.device)
             if dw.any():
-                transposed = name == EMBEDDING and not is_tied(job.model)
                 limit = self.limits.get(name, job.limit(name))
-                yield Task(name, job.method(name), limit, transposed), dw, hessian
+                yield Task(name, job.method(name), limit, is_transposed(job.model, name)), dw, hessian
             else:
                 (advance or self._advance)(name)
             del dw, hessian  # a layer's last ones would live on while the next layer runs

@@ -16,10 +16,10 @@ from vllm_prinmix.compress.lora import open_finetuned
 from vllm_prinmix.compress.measure import activation_error, relative_size, weight_error
 from vllm_prinmix.compress.merge import check_base
 from vllm_prinmix.compress.metrics import data_free, hessians
-from vllm_prinmix.compress.model import build_model, expected_tensors, is_tied, read_architecture
+from vllm_prinmix.compress.model import build_model, expected_tensors, is_transposed, read_architecture
 from vllm_prinmix.compress.prepare import Options, progress_bar
 from vllm_prinmix.errors import PrinMixError
-from vllm_prinmix.format.checkpoint import EMBEDDING, FLOATS, Checkpoint
+from vllm_prinmix.format.checkpoint import FLOATS, Checkpoint
 from vllm_prinmix.format.delta import Delta, check_accounts, read_delta
 from vllm_prinmix.format.digest import sample_digest
 from vllm_prinmix.format.payload import decode
@@ -146,9 +146,8 @@ def _check_errors(
             assert not isinstance(spec, Exact)
             dw = finetuned.difference(base, name)
             decoded = decode(spec, delta.tensors[name]).dense()
-            if name == EMBEDDING and not is_tied(model):
-                dw, decoded = dw.T, decoded.T
-            entries[name]["error"] = activation_error(dw, decoded, hessian)
+            turned = is_transposed(model, name)
+            entries[name]["error"] = activation_error(dw, decoded, hessian, transposed=turned)
             if same:
                 _compare(delta, name, spec.report.get("error"), entries[name]["error"])
             progress.advance(task)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality.layers import Activations, Heldout, layer_of, metrics_of, transposed
+from benchmarks.quality.layers import Activations, Heldout, layer_of, metrics_of
 from benchmarks.quality.material import Material
 from benchmarks.quality.metrics import output_errors
 from benchmarks.quality.settings import Compressor, Setting
@@ -21,7 +21,7 @@ from vllm_prinmix.compress.distillation.teacher import Teacher
 from vllm_prinmix.compress.distillation.train import train
 from vllm_prinmix.compress.measure import activation_error
 from vllm_prinmix.compress.memory import trim
-from vllm_prinmix.compress.model import Kind, build_model
+from vllm_prinmix.compress.model import Kind, build_model, is_transposed
 from vllm_prinmix.compress.quantization.hessian import Hessian
 from vllm_prinmix.compress.task import Task, survey
 from vllm_prinmix.errors import PrinMixError
@@ -114,8 +114,7 @@ def _distill(material: Material, run: Run, samples: list[torch.Tensor], tell: Ca
     for name, hessian, activations in inputs(material, samples, tell):
         packed, change = pack(trained[name], transposed=False), material.change(name)
         decoded = packed.dense.to(change.device)
-        turned = transposed(name, model)
-        error = activation_error(*((change.T, decoded.T) if turned else (change, decoded)), hessian)
+        error = activation_error(change, decoded, hessian, transposed=is_transposed(model, name))
         run.work.save(name, packed, {"calibration": error} | _held_out(change, decoded, activations))
     untrained.remove()
 
@@ -152,7 +151,7 @@ def _matrix(
 ) -> None:
     linear = material.kinds[name] is Kind.LINEAR
     method = run.compressor if linear else run.compressor.for_embedding()
-    turned = transposed(name, material.model)
+    turned = is_transposed(material.model, name)
     limit = run.limits.get(name, material.limit(run.setting, name))
     compressed, report = method.compress(change.T.contiguous() if turned else change, hessian, limit)
     packed: Packed = pack(compressed, turned)

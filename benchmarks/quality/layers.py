@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -12,9 +11,8 @@ from benchmarks.quality.material import Material
 from benchmarks.quality.metrics import outliers
 from vllm_prinmix.compress import stream
 from vllm_prinmix.compress.metrics import data_free, hessians
-from vllm_prinmix.compress.model import is_tied, layer_prefix
+from vllm_prinmix.compress.model import layer_prefix
 from vllm_prinmix.compress.quantization.hessian import Hessian
-from vllm_prinmix.format.checkpoint import EMBEDDING
 
 PREFIX = "model.layers."
 
@@ -86,11 +84,6 @@ def metrics_of(
         yield from hessians(material.model, material.finetuned, samples, wanted, device, tell)
     else:
         yield from data_free(material.model, material.base, material.finetuned, wanted, device)
-
-
-def transposed(name: str, model: Any) -> bool:
-    """Whether the matrix is compressed as its transpose: an untied embedding, whose inputs are one-hot."""
-    return name == EMBEDDING and not is_tied(model)
 
 
 def layer_of(name: str) -> int | None:

@@ -12,10 +12,9 @@ from vllm_prinmix.compress.distillation.teacher import Teacher
 from vllm_prinmix.compress.distillation.train import Distilled, train
 from vllm_prinmix.compress.measure import activation_error, weight_error
 from vllm_prinmix.compress.metrics import hessians
-from vllm_prinmix.compress.model import build_model, is_tied
+from vllm_prinmix.compress.model import build_model, is_transposed
 from vllm_prinmix.compress.prepare import Job, progress_bar
 from vllm_prinmix.errors import PrinMixError
-from vllm_prinmix.format.checkpoint import EMBEDDING
 from vllm_prinmix.format.payload import decode, encode
 from vllm_prinmix.format.schema import Distillation, Exact, Module
 
@@ -87,10 +86,11 @@ def _measured(
         dw = job.finetuned.difference(job.base, name).to(job.device)
         spec, payload = encode(changes[name])
         decoded = decode(spec, payload).dense().to(job.device)
-        errors = {"weight_error": weight_error(dw, decoded)}
-        if name == EMBEDDING and not is_tied(job.model):
-            dw, decoded = dw.T, decoded.T
-        errors["error"] = activation_error(dw, decoded, hessian)
+        turned = is_transposed(job.model, name)
+        errors = {
+            "weight_error": weight_error(dw, decoded),
+            "error": activation_error(dw, decoded, hessian, transposed=turned),
+        }
         yield name, (spec.model_copy(update={"report": _report(finished[name][0]) | errors}), payload)
 
 

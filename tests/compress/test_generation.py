@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 from tests.compress.pairs import Pair
@@ -150,6 +152,19 @@ def test_bad_input(
         write(make_pair(), out, **changes)
     assert where in str(error.value)
     assert (tmp_path / "there.jsonl").read_text() == "mine"
+
+
+def test_a_full_disk_is_one_error(
+    make_pair: Callable[..., Pair],
+    file_size_limit: Callable[[int], AbstractContextManager[None]],
+    tmp_path: Path,
+) -> None:
+    """Its limit holds for captured output too, so that nothing else may print."""
+    pair, out = make_pair(), tmp_path / "written.jsonl"
+    logging.disable_progress_bar()
+    with file_size_limit(16), pytest.raises(PrinMixError, match="disk is full"):
+        write(pair, out)
+    assert not out.exists()
 
 
 def test_first_token_is_left_to_the_tokenizer(make_pair: Callable[..., Pair]) -> None:

@@ -154,9 +154,12 @@ def calibration(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Let a fine-tune write calibration texts itself, where there are none of its users'."""
+    from transformers.utils import logging
+
     from vllm_prinmix.compress.generation import write_calibration
     from vllm_prinmix.compress.prepare import progress_bar
 
+    logging.disable_progress_bar()  # its bar would tear ours
     with progress_bar(Console(stderr=True)) as progress:
         task = progress.add_task("Writing", total=samples)
         total = write_calibration(
