@@ -21,7 +21,7 @@ from vllm_prinmix.compress.ratio import budget, check_reachable
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format.checkpoint import Checkpoint
 from vllm_prinmix.format.digest import combine, tensor_digests
-from vllm_prinmix.format.schema import CONFIG_FILE
+from vllm_prinmix.format.schema import CONFIG_FILE, Budget
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Options:
     method: Method
     ratio: Fraction | None = Fraction(1, 16)  # None only where the method has its own size
     # One budget for all linear layers, where the method can tell what bytes are worth; else one for each.
-    shared_budget: bool = True
+    budget: Budget = "shared"
     embedding_ratio: Fraction = Fraction(1, 4)
     samples: int = 128
     sequence_length: int = 2048
@@ -72,7 +72,14 @@ class Job:
     def shares(self) -> bool:
         """Whether the linear layers share one budget."""
         options = self.options
-        return options.shared_budget and options.method.has_curve and options.ratio is not None
+        return options.budget != "module" and options.method.has_curve and options.ratio is not None
+
+    @property
+    def budget(self) -> Budget:
+        """``options.budget`` as far as it applies."""
+        if not self.shares:
+            return "module"
+        return "even" if self.samples is None else self.options.budget
 
     def limit(self, name: str) -> int | None:
         """The most bytes of one matrix; None: what the method takes."""
@@ -91,7 +98,7 @@ class Job:
             "method": self.options.method.name,
             **{name.replace("_", "-"): value for name, value in self.options.method.options().items()},
             "ratio": str(self.options.ratio),
-            "budget": "shared" if self.shares else "module",
+            "budget": self.budget,
             "distill": self.options.distill,
             "embedding-ratio": str(self.options.embedding_ratio),
             "device": self.device.type,

@@ -20,6 +20,7 @@ from vllm_prinmix.compress.model import Kind, is_transposed
 from vllm_prinmix.compress.partial import Partial, disk_errors
 from vllm_prinmix.compress.prepare import Job, Options, pick_device, prepare, progress_bar
 from vllm_prinmix.compress.quantization.hessian import Hessian
+from vllm_prinmix.compress.sensitivity import importance, sensitivities
 from vllm_prinmix.compress.sidefiles import copy, own
 from vllm_prinmix.compress.task import Result, Task, solve, survey
 from vllm_prinmix.format.checkpoint import FLOATS
@@ -113,15 +114,23 @@ class _Run:
             linear = {n for n, kind in job.kinds.items() if kind is Kind.LINEAR and n not in job.same_bytes}
             own = {name: job.limit(name) or 0 for name in linear}
             curves: dict[str, Curve] = {}
+            energy: dict[str, float] = {}
             task = self.progress.add_task("Sharing the budget", total=len(linear))
             tasks = self._tasks(linear, advance=lambda name: self.progress.advance(task))
             with closing(executor.map(survey, tasks)) as surveys:
                 for found in surveys:
-                    curves[found.name] = found.curve
+                    curves[found.name], energy[found.name] = found.curve, found.energy
                     self.progress.advance(task)
-            limits = share(curves, sum(own[name] for name in curves))
+            weights = self._weights(energy) if job.budget == "shared" else None
+            limits = share(curves, sum(own[name] for name in curves), weights)
             self.partial.save_limits(limits)
         self.limits = limits
+
+    def _weights(self, energy: dict[str, float]) -> dict[str, float]:
+        job = self.job
+        assert job.samples is not None
+        found = sensitivities(job.model, job.finetuned, job.samples.tokens, job.device, self._tell)
+        return importance(found, energy)
 
     def _tasks(
         self, wanted: set[str], advance: Callable[[str], None] | None = None
@@ -180,7 +189,7 @@ def _assemble(
             method=options.method.name,
             options=options.method.options(),
             ratio=None if options.ratio is None else float(options.ratio),
-            shared_budget=job.shares,
+            budget=job.budget,
             embedding_ratio=float(options.embedding_ratio),
         ),
         calibration=_calibration(job),

@@ -50,7 +50,7 @@ def run_layer(
     ``device``; modules with the same input (q, k, v; gate, up) share one tensor.
     """
     prefix = layer_prefix(index)
-    with _layer(model, checkpoint, index, device) as layer:
+    with one_layer(model, checkpoint, index, device) as layer:
         moments = _SecondMoments()
         hooks = [
             module.register_forward_pre_hook(moments.hook(f"{prefix}{name}.weight"))
@@ -91,7 +91,7 @@ def head_moments(
 
 
 @contextmanager
-def _layer(model: Any, checkpoint: Checkpoint, index: int, device: torch.device) -> Iterator[nn.Module]:
+def one_layer(model: Any, checkpoint: Checkpoint, index: int, device: torch.device) -> Iterator[nn.Module]:
     """The model as if it had only layer ``index`` and no final norm; that layer's weights are loaded."""
     text = model.model
     prefix = layer_prefix(index)

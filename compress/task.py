@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_prinmix.compress.allocation.budgets import Curve
-from vllm_prinmix.compress.measure import weight_error
+from vllm_prinmix.compress.measure import activation_energy, weight_error
 from vllm_prinmix.compress.methods.base import Method
 from vllm_prinmix.compress.quantization.hessian import Hessian
 from vllm_prinmix.compress.quantization.threads import one_thread_if_small
@@ -33,6 +33,7 @@ class Survey:
 
     name: str
     curve: Curve
+    energy: float  # ||dW X||^2
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def survey(task: Task, dw: torch.Tensor, hessian: Hessian) -> Survey:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `solve` says the same
         with one_thread_if_small(max(dw.shape)):
-            return Survey(task.name, task.method.curve(dw, hessian, budgets))
+            curve = task.method.curve(dw, hessian, budgets)
+            return Survey(task.name, curve, activation_energy(dw, hessian))
 
 
 def solve(task: Task, dw: torch.Tensor, hessian: Hessian) -> Result:

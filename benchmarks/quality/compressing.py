@@ -23,6 +23,7 @@ from vllm_prinmix.compress.measure import activation_error
 from vllm_prinmix.compress.memory import trim
 from vllm_prinmix.compress.model import Kind, build_model, is_transposed
 from vllm_prinmix.compress.quantization.hessian import Hessian
+from vllm_prinmix.compress.sensitivity import importance, sensitivities
 from vllm_prinmix.compress.task import Task, survey
 from vllm_prinmix.errors import PrinMixError
 
@@ -128,17 +129,23 @@ def _share(
         return
     linear = {name for name in material.matrices if material.kinds[name] is Kind.LINEAR}
     curves: dict[str, dict[str, Curve]] = {str(run): {} for run in sharing}
+    energy: dict[str, float] = {}
     for name, hessian in metrics_of(material, samples, linear, tell):
         change = material.change(name)
         for run in sharing:
             tell(f"{run}: sharing the budget, {name.removeprefix('model.').removesuffix('.weight')}")
             task = Task(name, run.compressor, material.limit(run.setting, name), transposed=False)  # type: ignore[arg-type]
-            curves[str(run)][name] = survey(task, change, hessian).curve
+            found = survey(task, change, hessian)
+            curves[str(run)][name], energy[name] = found.curve, found.energy
         del hessian
         trim()
+    weights = None
+    if samples:
+        device = material.limits.device
+        weights = importance(sensitivities(material.model, material.finetuned, samples, device, tell), energy)
     for run in sharing:
         total = sum(material.limit(run.setting, name) or 0 for name in linear)
-        run.limits = share(curves[str(run)], total)
+        run.limits = share(curves[str(run)], total, weights if run.setting.budget == "shared" else None)
 
 
 def _matrix(

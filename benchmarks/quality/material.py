@@ -139,7 +139,7 @@ class Material:
             "options": setting.compressor().options(),
             "ratio": str(setting.ratio),
             "distill": setting.distill,
-            "shared_budget": setting.shares(setting.compressor()),
+            "budget": setting.budget if setting.shares(setting.compressor()) else "module",
             "embedding_ratio": str(limits.embedding_ratio),
             "calibration": _sha256(self.samples(setting, seed)),
             "texts": _sha256([text.tokens for text in self.texts]),

@@ -14,6 +14,7 @@ from benchmarks.quality.schemes import Dense, Reference, RowWise
 from vllm_prinmix import compress
 from vllm_prinmix.compress.methods import registry
 from vllm_prinmix.compress.methods.base import Method
+from vllm_prinmix.format.schema import Budget
 from vllm_prinmix.kernels.quantized import QuantizedFactors, QuantizedMatrix
 
 # Calibration: in-domain, another domain, written by the fine-tune itself, no data.
@@ -36,7 +37,7 @@ class Setting:
     calibration: str = OWN
     samples: int = 0  # calibration samples; 0: as many as --samples says
     lora: bool = False  # of the pair's LoRA fine-tune
-    shared_budget: bool = True  # see prepare.Options
+    budget: Budget = "shared"  # see prepare.Options
     distill: int = 0  # steps of training the scales
 
     def compressor(self) -> Compressor:
@@ -50,7 +51,7 @@ class Setting:
     def shares(self, compressor: Compressor) -> bool:
         """Whether the linear layers share one budget."""
         able = isinstance(compressor, Method) and compressor.has_curve
-        return able and self.shared_budget and self.ratio is not None
+        return able and self.budget != "module" and self.ratio is not None
 
     @property
     def draws(self) -> bool:
@@ -59,7 +60,7 @@ class Setting:
 
     def __str__(self) -> str:
         options = "".join(f" {name}={value}" for name, value in self.options)
-        budget = "" if self.shared_budget else " budget=module"
+        budget = "" if self.budget == "shared" else f" budget={self.budget}"
         trained = f" distill={self.distill}" if self.distill else ""
         return f"{self.method}{options}{budget}{trained}{'' if self.ratio is None else f' {self.ratio}'}"
 

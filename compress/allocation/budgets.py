@@ -11,26 +11,32 @@ from itertools import pairwise
 class Curve:
     """What a matrix's error is expected to be with more and more bytes; ``bytes`` ascends.
 
-    Errors are relative, ||dW X - dW^ X||^2 / ||dW X||^2, so that matrices count alike whatever their outputs'
-    size: absolute errors would give nearly all to the few matrices with large outputs.
+    Errors are relative, ||dW X - dW^ X||^2 / ||dW X||^2.
     """
 
     bytes: Sequence[int]
     errors: Sequence[float]
 
 
-def share(curves: Mapping[str, Curve], total_bytes: int) -> dict[str, int]:
-    """Bytes of each matrix, ``total_bytes`` in all at most, with the least sum of errors.
+def share(
+    curves: Mapping[str, Curve], total_bytes: int, weights: Mapping[str, float] | None = None
+) -> dict[str, int]:
+    """Bytes of each matrix, ``total_bytes`` in all at most, with the least sum of weighted errors.
 
-    Every matrix gets the first point of its curve at least. Then bytes go where they buy the most, along the
-    lower convex hull of each curve; the last purchase may be a part of a segment. Raises ValueError where
-    the first points are more than ``total_bytes``.
+    ``weights`` are above 0 (`sensitivity.importance`); None: all errors count alike. Every matrix gets the
+    first point of its curve at least. Then bytes go where they buy the most, along the lower convex hull of
+    each curve; the last purchase may be a part of a segment. Raises ValueError where the first points are
+    more than ``total_bytes``.
     """
     given = {name: curve.bytes[0] for name, curve in curves.items()}
     left = total_bytes - sum(given.values())
     if left < 0:
         raise ValueError("the first points of the curves are more than the budget")
-    segments = [(slope, name, size) for name, curve in curves.items() for slope, size in _hull(curve)]
+    segments = [
+        (slope * (weights[name] if weights else 1), name, size)
+        for name, curve in curves.items()
+        for slope, size in _hull(curve)
+    ]
     # A hull's slopes flatten, so a matrix's segments come in their order.
     for slope, name, size in sorted(segments, key=lambda segment: (-segment[0], segment[1])):
         if slope <= 0 or not left:

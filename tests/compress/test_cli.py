@@ -78,7 +78,7 @@ def test_compress_inspect_verify_merge(make_pair: Callable[..., Pair], prinmix: 
             "u_bits": 0,
         },
         "ratio": 0.125,
-        "shared_budget": False,
+        "budget": "module",
         "embedding_ratio": 0.25,
     }
     assert description["calibration"]["seed"] == 3

@@ -229,16 +229,25 @@ def test_a_shared_budget_keeps_to_the_ratio_and_has_less_error(
     """The linear layers together take what they may; some more than their own share, others less."""
     pair = make_pair()
     errors = {}
-    for shared in (True, False):
-        out = tmp_path / str(shared)
-        compress(pair, out, method=PrinMix(), shared_budget=shared, ratio=Fraction(1, 8))
+    for budget in ("shared", "even", "module"):
+        out = tmp_path / budget
+        compress(pair, out, method=PrinMix(), budget=budget, ratio=Fraction(1, 8))
         description = describe(out)
-        assert description["settings"]["shared_budget"] is shared
+        assert description["settings"]["budget"] == budget
         linear = [m for m in description["modules"] if m["name"] not in (EMBEDDING, HEAD)]
         assert 0.115 < description["ratio"]["linear"]["ratio"] <= 1 / 8
-        assert any(m["ratio"] > 1 / 8 for m in linear) is shared
-        errors[shared] = sum(m["report"]["error"] for m in linear)
-    assert errors[True] < errors[False]
+        assert any(m["ratio"] > 1 / 8 for m in linear) is (budget != "module")
+        errors[budget] = sum(m["report"]["error"] for m in linear)
+    # What counts more than the sum of errors is their effect: `tests/compress/test_sensitivity.py`.
+    assert errors["even"] < errors["shared"]
+    assert errors["even"] < errors["module"]
+
+
+def test_without_data_a_budget_is_shared_evenly(
+    make_pair: Callable[..., Pair], compress: Callable[..., str], tmp_path: Path
+) -> None:
+    compress(make_pair(), tmp_path / "delta", method=PrinMix(), ratio=Fraction(1, 8), calibration=NONE)
+    assert describe(tmp_path / "delta")["settings"]["budget"] == "even"
 
 
 def test_an_interrupted_run_keeps_the_shares(
@@ -265,5 +274,5 @@ def test_too_few_tokens_to_share_a_budget_by_are_said(
     pair, text = make_pair(), "too few to share the bytes by"
     few = {"method": PrinMix(alternations=0, clipping=False), "ratio": Fraction(1, 8), "samples": 1}
     assert text in compress(pair, tmp_path / "shared", **few)
-    assert text not in compress(pair, tmp_path / "module", shared_budget=False, **few)
+    assert text not in compress(pair, tmp_path / "module", budget="module", **few)
     assert text not in compress(pair, tmp_path / "more", **(few | {"samples": 8}))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm_prinmix.cli.options import BaseOption, LoraOption, fraction, one_source, shared, widths
+from vllm_prinmix.cli.options import BaseOption, LoraOption, fraction, one_source, sharing, widths
 
 
 def compress(
@@ -36,8 +36,9 @@ def compress(
     budget: Annotated[
         str,
         typer.Option(
-            help="shared: the linear layers keep to the ratio together, those that need more bytes get more "
-            "(method prinmix). module: each keeps to it, as in the paper."
+            help="shared: the linear layers keep to the ratio together, and those whose errors matter more to "
+            "the predictions get more bytes (method prinmix). even: together, by their relative errors alone, "
+            "as without data. module: each keeps to it, as in the paper."
         ),
     ] = "shared",
     embedding_ratio: Annotated[str, typer.Option(help="The same for embedding and lm_head.")] = "1/4",
@@ -123,7 +124,7 @@ def compress(
         calibration=calibration,
         method=chosen,
         ratio=None if ratio is None else fraction("--ratio", ratio),
-        shared_budget=shared(budget),
+        budget=sharing(budget),
         embedding_ratio=fraction("--embedding-ratio", embedding_ratio),
         samples=samples,
         sequence_length=sequence_length,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 
 from vllm_prinmix.errors import PrinMixError
+from vllm_prinmix.format.schema import Budget
 
 BaseOption = Annotated[
     str, typer.Option("--base", help="The base model: a checkpoint folder or a cached hub id.")
@@ -43,10 +44,11 @@ def fraction(option: str, text: str) -> Fraction:
         ) from None
 
 
-def shared(budget: str) -> bool:
-    if budget not in ("shared", "module"):
-        raise PrinMixError("unknown budget", where="--budget", found=budget, expected="shared or module")
-    return budget == "shared"
+def sharing(text: str) -> Budget:
+    if text not in get_args(Budget):
+        expected = " or ".join(get_args(Budget))
+        raise PrinMixError("unknown budget", where="--budget", found=text, expected=expected)
+    return cast(Budget, text)
 
 
 def widths(text: str) -> tuple[int, ...]:

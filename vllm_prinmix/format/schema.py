@@ -13,6 +13,9 @@ WEIGHTS_FILE = "delta.safetensors"
 Bits = Annotated[int, Field(ge=1, le=8)]
 Shape = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
 MatrixShape = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+# The linear layers' bytes: shared by what errors do to the predictions, shared with all relative errors
+# counting alike, or each matrix keeping to the ratio itself.
+Budget = Literal["shared", "even", "module"]
 
 
 class Strict(BaseModel):
@@ -81,7 +84,7 @@ class Settings(Strict):
     method: str
     options: dict[str, bool | int | float | str | list[int] | None]  # the method's own
     ratio: float | None  # None: the size follows from the options
-    shared_budget: bool = False  # the linear layers kept to the ratio together, not each for itself
+    budget: Budget = "module"
     embedding_ratio: float
 
 
