@@ -240,7 +240,7 @@ def _warn_of_few_tokens(job: Job, console: Console) -> None:
     if job.samples.total < inputs:
         console.print(
             f"calibration has {job.samples.total} tokens, fewer than the {inputs} inputs of {name}: "
-            "too few to share the bytes by. Give more samples, or --budget module",
+            "too few to know what each needs. More samples make a better delta",
             markup=False,
         )
 

@@ -75,7 +75,7 @@ def _some(samples: list[torch.Tensor]) -> list[torch.Tensor]:
 def _at_the_end(
     model: Any, checkpoint: Checkpoint, hidden: list[torch.Tensor], device: torch.device
 ) -> list[torch.Tensor]:
-    """The gradients with respect to the last layer's outputs, on the CPU: float32 [1, tokens, hidden] each."""
+    """The gradients with respect to the last layer's outputs: float32 [1, tokens, hidden], on the CPU."""
     norm = model.model.norm
     norm.load_state_dict({"weight": checkpoint.load("model.norm.weight", torch.float32)}, assign=True)
     norm.to(device)

@@ -179,8 +179,8 @@ def ablation(choice: Choice, pair: Pair) -> Table:
     rows = []
     for method in choice.of(OURS):
         rows.append(Row(("all steps", ""), choice.at(method)))
-        for label, budget in (("budget shared evenly", "even"), ("budget of each module", "module")):
-            rows.append(Row((label, "alone"), replace(choice.at(method), budget=budget)))
+        rows.append(Row(("budget shared evenly", "alone"), replace(choice.at(method), budget="even")))
+        rows.append(Row(("budget of each module", "alone"), replace(choice.at(method), budget="module")))
         steps = [step.replace("_", "-") for step in registry.METHODS[method].steps]
         for step in steps:
             options = registry.without(method, [step])

@@ -216,7 +216,7 @@ ROWS = {
     "11": METHODS * 4,
     "13": 2 * 2,
     "15": 7 * (1 + METHODS),
-    "ablation": 2 + len(PrinMix.steps) * 2 - 1 + 1,
+    "ablation": 3 + len(PrinMix.steps) * 2 - 1 + 1,
     "distill": METHODS * 2 * 2,
 }
 

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from tests.compress.pairs import Pair, finetune
 from tests.compress.test_resume import contents, interrupt
+from vllm_prinmix.compress.calibration import NONE
 from vllm_prinmix.compress.inspection import describe
 from vllm_prinmix.compress.methods.prinmix import PrinMix
 from vllm_prinmix.compress.verify import verify
@@ -268,10 +269,10 @@ def test_an_interrupted_run_keeps_the_shares(
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
-def test_too_few_tokens_to_share_a_budget_by_are_said(
+def test_too_few_tokens_are_said(
     make_pair: Callable[..., Pair], compress: Callable[..., str], tmp_path: Path
 ) -> None:
-    pair, text = make_pair(), "too few to share the bytes by"
+    pair, text = make_pair(), "too few to know what each needs"
     few = {"method": PrinMix(alternations=0, clipping=False), "ratio": Fraction(1, 8), "samples": 1}
     assert text in compress(pair, tmp_path / "shared", **few)
     assert text not in compress(pair, tmp_path / "module", budget="module", **few)

@@ -36,9 +36,9 @@ def compress(
     budget: Annotated[
         str,
         typer.Option(
-            help="shared: the linear layers keep to the ratio together, and those whose errors matter more to "
-            "the predictions get more bytes (method prinmix). even: together, by their relative errors alone, "
-            "as without data. module: each keeps to it, as in the paper."
+            help="shared: the linear layers keep to the ratio together; those whose errors matter more to "
+            "the predictions get more bytes (method prinmix). even: together, by relative errors alone, as "
+            "without data. module: each keeps to it, as in the paper."
         ),
     ] = "shared",
     embedding_ratio: Annotated[str, typer.Option(help="The same for embedding and lm_head.")] = "1/4",
