@@ -15,6 +15,19 @@ from vllm_prinmix.format.checkpoint import EMBEDDING, HEAD, Checkpoint
 # The weight of inputs in the data-free metric wherever they lie, over the mean of what dW says of them. From
 # 0.1 to 0.3 the pairs hardly differ; at 1 the one with a flat spectrum has twice the KL.
 SPREAD = 0.3
+# What layers need is known well enough for sharing bytes from fewer samples than they are compressed with:
+# so many tokens for each input of the widest.
+TOKENS_PER_INPUT = 4
+
+
+def enough(samples: list[torch.Tensor], inputs: int) -> list[torch.Tensor]:
+    """The first of ``samples`` with TOKENS_PER_INPUT tokens for each of ``inputs``, or all there are."""
+    wanted, tokens = TOKENS_PER_INPUT * inputs, 0
+    for count, sample in enumerate(samples, 1):
+        tokens += len(sample)
+        if tokens >= wanted:
+            return samples[:count]
+    return samples
 
 
 def hessians(

@@ -15,7 +15,7 @@ from vllm_prinmix.compress.allocation.budgets import Curve, share
 from vllm_prinmix.compress.distillation.finish import distill
 from vllm_prinmix.compress.executor import Executor, Serial, on_ray
 from vllm_prinmix.compress.memory import trim
-from vllm_prinmix.compress.metrics import data_free, hessians
+from vllm_prinmix.compress.metrics import data_free, enough, hessians
 from vllm_prinmix.compress.model import Kind, is_transposed
 from vllm_prinmix.compress.partial import Partial, disk_errors
 from vllm_prinmix.compress.prepare import Job, Options, pick_device, prepare, progress_bar
@@ -89,7 +89,9 @@ class _Run:
                 self._exact(name)
             wanted = set(sizes) - set(exact)
             self._share(executor, wanted)
-            with closing(executor.map(solve, self._tasks(wanted))) as results:
+            samples = None if job.samples is None else job.samples.tokens
+            tasks = self._tasks(wanted, samples, self._advance)
+            with closing(executor.map(solve, tasks)) as results:
                 for result in results:
                     self._save(result)
             self._tell("Compressed")
@@ -116,43 +118,43 @@ class _Run:
             curves: dict[str, Curve] = {}
             energy: dict[str, float] = {}
             task = self.progress.add_task("Sharing the budget", total=len(linear))
-            tasks = self._tasks(linear, advance=lambda name: self.progress.advance(task))
+            samples = None
+            if job.samples is not None:
+                samples = enough(job.samples.tokens, max((job.shapes[name][1] for name in linear), default=0))
+            tasks = self._tasks(linear, samples, lambda name: self.progress.advance(task))
             with closing(executor.map(survey, tasks)) as surveys:
                 for found in surveys:
                     curves[found.name], energy[found.name] = found.curve, found.energy
                     self.progress.advance(task)
-            weights = self._weights(energy) if job.budget == "shared" else None
+            weights = None
+            if samples is not None and job.budget == "shared":
+                sensitivity = sensitivities(job.model, job.finetuned, samples, job.device, self._tell)
+                weights = importance(sensitivity, energy)
             limits = share(curves, sum(own[name] for name in curves), weights)
             self.partial.save_limits(limits)
         self.limits = limits
 
-    def _weights(self, energy: dict[str, float]) -> dict[str, float]:
-        job = self.job
-        assert job.samples is not None
-        found = sensitivities(job.model, job.finetuned, job.samples.tokens, job.device, self._tell)
-        return importance(found, energy)
-
     def _tasks(
-        self, wanted: set[str], advance: Callable[[str], None] | None = None
+        self, wanted: set[str], samples: list[torch.Tensor] | None, advance: Callable[[str], None]
     ) -> Iterator[tuple[Task, torch.Tensor, Hessian]]:
         """The matrices ``wanted``, as calibration reaches them; ``advance`` hears the unchanged ones."""
         job = self.job
-        for name, hessian in self._metrics(wanted):
+        for name, hessian in self._metrics(wanted, samples):
             self._tell(name.removeprefix("model.").removesuffix(".weight"))
             dw = job.finetuned.difference(job.base, name).to(job.device)
             if dw.any():
                 limit = self.limits.get(name, job.limit(name))
                 yield Task(name, job.method(name), limit, is_transposed(job.model, name)), dw, hessian
             else:
-                (advance or self._advance)(name)
+                advance(name)
             del dw, hessian  # a layer's last ones would live on while the next layer runs
             trim()
 
-    def _metrics(self, wanted: set[str]) -> Iterator[tuple[str, Hessian]]:
+    def _metrics(self, wanted: set[str], samples: list[torch.Tensor] | None) -> Iterator[tuple[str, Hessian]]:
         job = self.job
-        if job.samples is None:
+        if samples is None:
             return data_free(job.model, job.base, job.finetuned, wanted, job.device)
-        samples, repeats = job.samples.tokens, job.options.method.repeats
+        repeats = job.options.method.repeats
         return hessians(job.model, job.finetuned, samples, wanted, job.device, self._tell, repeats)
 
     def _save(self, result: Result) -> None:

@@ -21,6 +21,7 @@ from vllm_prinmix.compress.distillation.teacher import Teacher
 from vllm_prinmix.compress.distillation.train import train
 from vllm_prinmix.compress.measure import activation_error
 from vllm_prinmix.compress.memory import trim
+from vllm_prinmix.compress.metrics import enough
 from vllm_prinmix.compress.model import Kind, build_model, is_transposed
 from vllm_prinmix.compress.quantization.hessian import Hessian
 from vllm_prinmix.compress.sensitivity import importance, sensitivities
@@ -128,6 +129,7 @@ def _share(
     if not sharing:
         return
     linear = {name for name in material.matrices if material.kinds[name] is Kind.LINEAR}
+    samples = enough(samples, max((material.shapes[name][1] for name in linear), default=0))
     curves: dict[str, dict[str, Curve]] = {str(run): {} for run in sharing}
     energy: dict[str, float] = {}
     for name, hessian in metrics_of(material, samples, linear, tell):

@@ -16,9 +16,11 @@ from safetensors import safe_open
 
 from tests.compress.pairs import Pair, finetune
 from tests.compress.test_resume import contents, interrupt
+from vllm_prinmix.compress import metrics, run
 from vllm_prinmix.compress.calibration import NONE
 from vllm_prinmix.compress.inspection import describe
 from vllm_prinmix.compress.methods.prinmix import PrinMix
+from vllm_prinmix.compress.metrics import hessians
 from vllm_prinmix.compress.verify import verify
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format.checkpoint import EMBEDDING, HEAD, SINGLE, Checkpoint
@@ -267,6 +269,28 @@ def test_an_interrupted_run_keeps_the_shares(
     monkeypatch.setattr(PrinMix, "curve", None)  # not called again
     compress(pair, tmp_path / "parts", **options)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_bytes_are_shared_by_no_more_samples_than_it_takes(
+    make_pair: Callable[..., Pair],
+    compress: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The survey runs the first samples, up to 4 tokens for each input; what follows runs them all."""
+    seen = []
+
+    def watched(model: Any, checkpoint: Any, samples: list[torch.Tensor], *rest: Any) -> Any:
+        seen.append([len(sample) for sample in samples])
+        return hessians(model, checkpoint, samples, *rest)
+
+    monkeypatch.setattr(run, "hessians", watched)
+    monkeypatch.setattr(metrics, "TOKENS_PER_INPUT", 0.5)
+    compress(make_pair(), tmp_path / "delta", method=PrinMix(alternations=0), ratio=Fraction(1, 8))
+    survey, all_samples = seen
+    assert survey == all_samples[: len(survey)]
+    inputs = max(m["shape"][1] for m in describe(tmp_path / "delta")["modules"] if "layers" in m["name"])
+    assert sum(survey[:-1]) < 0.5 * inputs <= sum(survey) < sum(all_samples)
 
 
 def test_too_few_tokens_are_said(
