@@ -26,6 +26,7 @@ h1 { font-size: 1.5rem; margin: .5rem 0 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .2rem; }
 h3 { font-size: .9rem; margin: 0 0 .2rem; font-weight: 600; overflow-wrap: anywhere; }
 p { margin: .2rem 0 .8rem; color: var(--soft); max-width: 75ch; overflow-wrap: anywhere; }
+.formula { white-space: nowrap; }
 .tiles, .grid-of { display: grid; gap: .75rem; }
 .tiles { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); margin-top: 1rem; }
 .grid-of { grid-template-columns: repeat(auto-fill, minmax(min(290px, 100%), 1fr)); }
@@ -124,7 +125,7 @@ def _bits(report: dict[str, Any]) -> str:
     used = sorted({w for m in report["modules"] if m["layer"] is not None for w in m["code_bytes"]}, key=int)
     if not used:
         return ""
-    key = _key((f"w{w}", f"{w} bits") for w in used)
+    key = _key((f"w{w}", _width(w)) for w in used)
 
     def chart(kind: str, modules: list[dict[str, Any]]) -> str:
         bars = [(m["layer"], m["code_bytes"]) for m in modules]
@@ -132,6 +133,10 @@ def _bits(report: dict[str, Any]) -> str:
 
     text = "Bytes of the codes of V and U in each layer, by their width in bits."
     return f"<h2>Bits by layer and type</h2><p>{text}</p>{key}{_each_type(report, chart)}"
+
+
+def _width(bits: str) -> str:
+    return f"{bits} bit" if int(bits) == 1 else f"{bits} bits"
 
 
 def _errors(report: dict[str, Any]) -> str:
@@ -150,7 +155,8 @@ def _errors(report: dict[str, Any]) -> str:
         "the calibration inputs X" if report["delta"]["calibration"] else "inputs X as assumed without data"
     )
     text = (
-        f"Of outputs: ||dW X − dW^ X||² / ||dW X||² on {inputs}. Of weights: ||dW − dW^||² / ||dW||². "
+        f"Of outputs: <span class=formula>||dW X − dW^ X||² / ||dW X||²</span> on {inputs}. "
+        "Of weights: <span class=formula>||dW − dW^||² / ||dW||²</span>. "
         "Logarithmic; an error of 1 is as if nothing had been kept."
     )
     key = _key((c, t) for c, _, t in kinds)
@@ -176,7 +182,8 @@ def _spectra(report: dict[str, Any]) -> str:
         return lines(series, f"{kind}: singular values", "rank", log_x=True, log_y=True) if series else ""
 
     shades = {shade(layer): layer for layer in reversed(layers)}
-    key = _key((f"w{s}", f"layer {layer} on") for s, layer in sorted(shades.items()))
+    several = " on" if len(shades) < len(layers) else ""  # layers of one shade
+    key = _key((f"w{s}", f"layer {layer}{several}") for s, layer in sorted(shades.items()))
     text = (
         "Sizes |s| ||u|| ||v|| of the stored directions, largest first; one curve for each layer. "
         "Both axes are logarithmic."
@@ -210,9 +217,9 @@ def _terms(report: dict[str, Any]) -> str:
     if not found:
         return ""
     scaling = lines([Series("a", "scaling", found["scaling"])], "scaling term", "direction", log_y=True)
-    series = [Series(f"w{w}", f"{w} bits", points) for w, points in found["difference"].items()]
+    series = [Series(f"w{w}", _width(w), points) for w, points in found["difference"].items()]
     difference = lines(series, "difference term", "direction", log_y=True)
-    key = _key((f"w{w}", f"{w} bits") for w in found["difference"])
+    key = _key((f"w{w}", _width(w)) for w in found["difference"])
     text = (
         f"{found['module']}: quantizing row i of V to some bits costs S_i² (the scaling term) times "
         "dv_i X Xᵀ dv_iᵀ (the difference term). Widths that differ keep the sum of these small."
