@@ -9,19 +9,22 @@ import pytest
 from vllm_prinmix.compress.allocation.budgets import Curve, share
 
 
-def test_the_split_is_the_best_one() -> None:
+@pytest.mark.parametrize("weights", [None, {"a": 1.0, "b": 8.0, "c": 3.0}])
+def test_the_split_is_the_best_one(weights: dict[str, float] | None) -> None:
     """Against every split, for convex curves in steps of ten bytes."""
     points = range(10, 101, 10)
     falls = {"a": 0.97, "b": 0.9, "c": 0.99}
     curves = {name: Curve(list(points), [fall**size for size in points]) for name, fall in falls.items()}
-    found = share(curves, 150)
+    found = share(curves, 150, weights)
+    weight = weights or dict.fromkeys(falls, 1.0)
     assert sum(found.values()) == 150
     best = min(
-        sum(fall**size for fall, size in zip(falls.values(), sizes, strict=True))
+        sum(weight[name] * falls[name] ** size for name, size in zip(falls, sizes, strict=True))
         for sizes in itertools.product(points, repeat=3)
         if sum(sizes) <= 150
     )
-    assert sum(falls[name] ** size for name, size in found.items()) == pytest.approx(best)
+    total = sum(weight[name] * falls[name] ** size for name, size in found.items())
+    assert total == pytest.approx(best)
 
 
 def test_a_step_that_buys_nothing_is_not_paid_for_unless_more_follows() -> None:
