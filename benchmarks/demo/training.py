@@ -22,12 +22,14 @@ class Schedule:
     """``steps`` of ``batch`` sequences; the learning rate rises to ``rate``, stays, falls linearly to 0.
 
     ``muon``: the matrices of the linear layers are trained with Muon, otherwise everything with AdamW.
+    ``learned``: a fine-tune whose loss at the end is above it is trained anew, with half as many steps more.
     """
 
     steps: int
     batch: int
     rate: float
     muon: bool = False
+    learned: float | None = None
 
     def rate_at(self, step: int) -> float:
         """Learning rate of a step: a twentieth of all steps to rise, three fifths to fall."""

@@ -24,16 +24,24 @@ TINY = Shape(hidden=64, intermediate=128, layers=1, heads=1, kv_heads=1)
 QUESTIONS = [tasks.Question([], "<|user|>abc", "xy"), tasks.Question([], "<|user|>a", "z")]
 
 
-def train_tiny_family(folder: Path, seed: int = 0) -> dict:
+def train_tiny_family(folder: Path, seed: int = 0, learned: float | None = None) -> dict:
     return train_pair_family(
         folder,
         seed=seed,
         shape=TINY,
         base=Schedule(steps=3, batch=2, rate=1e-2, muon=True),
-        finetunes={"reverse": Schedule(steps=3, batch=4, rate=1e-2)},
+        finetunes={"reverse": Schedule(steps=3, batch=4, rate=1e-2, learned=learned)},
         questions=8,
         samples=8,
     )
+
+
+def test_a_task_that_is_not_learned_is_trained_longer(tmp_path: Path) -> None:
+    """With half as many steps more, and again; then it stays as it is."""
+    easy = train_tiny_family(tmp_path / "easy", learned=100.0)["reverse"]
+    hard = train_tiny_family(tmp_path / "hard", learned=1e-9)["reverse"]
+    assert (easy["steps"], hard["steps"]) == (3, 7)
+    assert hard["loss"] < easy["loss"]
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
