@@ -76,20 +76,17 @@ def _at_the_end(
     model: Any, checkpoint: Checkpoint, hidden: list[torch.Tensor], device: torch.device
 ) -> list[torch.Tensor]:
     """The gradients with respect to the last layer's outputs: float32 [1, tokens, hidden], on the CPU."""
-    norm = model.model.norm
-    norm.load_state_dict({"weight": checkpoint.load("model.norm.weight", torch.float32)}, assign=True)
-    norm.to(device)
     head = checkpoint.load(EMBEDDING if is_tied(model) else HEAD, torch.float32).to(device)
     draw = torch.Generator().manual_seed(0)
     gradients = []
-    for states in hidden:
-        x = states.to(device).requires_grad_()
-        with torch.enable_grad():
-            logits = functional.linear(norm(x)[0], head)
-            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=draw)[:, 0]
-            loss = functional.cross_entropy(logits, drawn.to(device), reduction="sum")
-        gradients.append(torch.autograd.grad(loss, x)[0].cpu())
-    norm.to("meta")
+    with stream.one_norm(model, checkpoint, device) as norm:
+        for states in hidden:
+            x = states.to(device).requires_grad_()
+            with torch.enable_grad():
+                logits = functional.linear(norm(x)[0], head)
+                drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=draw)[:, 0]
+                loss = functional.cross_entropy(logits, drawn.to(device), reduction="sum")
+            gradients.append(torch.autograd.grad(loss, x)[0].cpu())
     return gradients
 
 

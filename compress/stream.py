@@ -70,12 +70,9 @@ def final_norm(
     model: Any, checkpoint: Checkpoint, hidden: list[torch.Tensor], device: torch.device
 ) -> Iterator[torch.Tensor]:
     """lm_head's inputs from the last layer's outputs: float32 [1, tokens, hidden] on ``device`` each."""
-    norm = model.model.norm
-    norm.load_state_dict({"weight": checkpoint.load("model.norm.weight", torch.float32)}, assign=True)
-    norm.to(device)
-    for states in hidden:
-        yield norm(states.to(device))
-    norm.to("meta")
+    with one_norm(model, checkpoint, device) as norm:
+        for states in hidden:
+            yield norm(states.to(device))
 
 
 def head_moments(
@@ -88,6 +85,17 @@ def head_moments(
         x = states.reshape(-1, width)
         moments.addmm_(x.T, x)
     return moments
+
+
+@contextmanager
+def one_norm(model: Any, checkpoint: Checkpoint, device: torch.device) -> Iterator[nn.Module]:
+    """The norm before lm_head, with its weight."""
+    norm = model.model.norm
+    norm.load_state_dict({"weight": checkpoint.load("model.norm.weight", torch.float32)}, assign=True)
+    try:
+        yield norm.to(device)
+    finally:
+        norm.to("meta")
 
 
 @contextmanager
