@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from vllm_prinmix.compress.quantization.grid import Grid
@@ -86,8 +89,15 @@ def _sweep(
     target = weight.clone()  # w_k + the errors fed back so far
     codes = torch.empty_like(weight)
     error = torch.empty_like(weight)
-    lowest = torch.zeros(weight.shape[1], device=weight.device)
-    _visit(0, weight.shape[0], weight, target, error, codes, factor, (lowest, top))
+    span, work = LEAF, leaf
+    if weight.is_cuda:
+        from vllm_prinmix.compress.quantization import gpu_leaf
+
+        span, work = gpu_leaf.SPAN, gpu_leaf.leaf
+
+    _visit(
+        0, len(weight), span, partial(work, weight, target, error, codes, factor, top), target, error, factor
+    )
     missed = target.sub_(codes).square_()
     return codes.to(torch.uint8), (pivots @ missed).double()
 
@@ -95,24 +105,41 @@ def _sweep(
 def _visit(
     start: int,
     stop: int,
+    span: int,
+    work: Callable[[int, int], None],
+    target: torch.Tensor,
+    error: torch.Tensor,
+    factor: torch.Tensor,
+) -> None:
+    """``work`` on all columns, at most ``span`` at once; halves feed back into each other by products."""
+    # A function of its own: a closure that calls itself is a cycle, and would keep its tensors alive until
+    # Python's garbage collector came by.
+    if stop - start <= span:
+        work(start, stop)
+        return
+    middle = (start + stop) // 2
+    with one_thread_if_small(stop - start):
+        _visit(middle, stop, span, work, target, error, factor)
+        target[start:middle].addmm_(factor[middle:stop, start:middle].T, error[middle:stop])
+        _visit(start, middle, span, work, target, error, factor)
+
+
+def leaf(
     weight: torch.Tensor,
     target: torch.Tensor,
     error: torch.Tensor,
     codes: torch.Tensor,
     factor: torch.Tensor,
-    range_: tuple[torch.Tensor, torch.Tensor],
+    top: torch.Tensor,
+    start: int,
+    stop: int,
 ) -> None:
-    """Fill ``codes`` and ``error`` of the columns ``start`` to ``stop``, last one first."""
-    # A function of its own: a closure that calls itself is a cycle, and would keep its tensors alive until
-    # Python's garbage collector came by.
-    if stop - start > LEAF:
-        middle = (start + stop) // 2
-        with one_thread_if_small(stop - start):
-            _visit(middle, stop, weight, target, error, codes, factor, range_)
-            target[start:middle].addmm_(factor[middle:stop, start:middle].T, error[middle:stop])
-            _visit(start, middle, weight, target, error, codes, factor, range_)
-        return
-    lowest, top = range_
+    """Fill ``codes`` and ``error`` of the columns ``start`` to ``stop``, last one first.
+
+    ``target`` has the errors of all columns from ``stop`` on already, and gets those of the span. All are
+    float32 [K, n], ``factor`` [K, K].
+    """
+    lowest = torch.zeros_like(weight[0])
     for k in range(stop - 1, start - 1, -1):
         code = codes[k]
         torch.round(target[k], out=code)

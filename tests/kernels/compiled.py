@@ -29,6 +29,7 @@ POINTERS = {
     **{"words": "i16", "tables": "i64", "floats": "fp32", "halves": "fp16", "entries": "i64", "parts": "i64"},
     **{"slots": "i32", "starts": "i32", "counts": "i32", "order": "i32", "sums": "fp32", "partials": "fp32"},
     **{"total": "i32", "ids": "i64", "offsets": "fp32"},
+    **dict.fromkeys(("weight", "target", "error", "codes", "factor", "top"), "fp32"),
 }
 ALIGNED = {"t_stride", "y_stride"}  # multiples of 16, as the launches see them
 SEGMENTS, STEPS, PARTS = 64, 8, 3

@@ -13,6 +13,7 @@ from triton import JITFunction
 from triton.backends.compiler import GPUTarget
 
 from tests.kernels.compiled import KERNELS, compile_function, compile_kernel, measure
+from vllm_prinmix.compress.quantization import gpu_leaf
 from vllm_prinmix.kernels.gather import gather_kernel
 from vllm_prinmix.kernels.lookup import embedding_kernel, rms_norm_kernel
 
@@ -82,6 +83,14 @@ def test_amd_compiles_without_spills(shape: str, kernel: str) -> None:
 )
 def test_the_smaller_kernels_compile(kernel: JITFunction, constants: dict, target: GPUTarget) -> None:
     assert compile_function(kernel, constants, {"num_warps": 2}, target).asm
+
+
+@pytest.mark.parametrize("target", [GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)], ids=str)
+def test_columns_of_gptq_feed_back_within_a_thread(target: GPUTarget) -> None:
+    constants = {"SPAN": gpu_leaf.SPAN, "ROWS": gpu_leaf.ROWS}
+    code = compile_function(gpu_leaf.leaf_kernel, constants, {"num_warps": 1}, target)
+    # All that goes from one thread to others is the factor's column, which they load together.
+    assert code.metadata.shared <= 4 * gpu_leaf.SPAN
 
 
 def main() -> None:
