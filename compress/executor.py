@@ -18,9 +18,10 @@ from vllm_prinmix.compress.task import Task
 from vllm_prinmix.errors import PrinMixError
 
 T = TypeVar("T")
-Tasks = Iterable[tuple[Task, torch.Tensor, Hessian]]
+# A matrix's task, dW, metric and correction: the arguments of `task.solve`.
+Tasks = Iterable[tuple[Task, torch.Tensor, Hessian, torch.Tensor | None]]
 # A function of a module, with which it travels by name: `task.solve`, `task.survey`.
-Work = Callable[[Task, torch.Tensor, Hessian], T]
+Work = Callable[[Task, torch.Tensor, Hessian, torch.Tensor | None], T]
 
 
 class Executor(Protocol):
@@ -33,9 +34,9 @@ class Serial:
     """Compresses each matrix before the next is asked for."""
 
     def map(self, work: Work[T], tasks: Tasks) -> Generator[T]:
-        for task, dw, hessian in tasks:
-            result = work(task, dw, hessian)
-            del dw, hessian  # large, and not needed while the next layer runs
+        for task, dw, hessian, correction in tasks:
+            result = work(task, dw, hessian, correction)
+            del dw, hessian, correction  # large, and not needed while the next layer runs
             yield result
 
 
@@ -73,13 +74,15 @@ class OnRay:
         shared: Any = None  # of the Hessian `last`
         last: weakref.ref[Hessian] | None = None
         try:
-            for task, dw, hessian in tasks:
+            for task, dw, hessian, correction in tasks:
                 if last is None or last() is not hessian:
                     shared, last = self._ray.put(_array(hessian.matrix)), weakref.ref(hessian)
                 submit = self._remote.options(name=task.name)
-                reference = submit.remote(work, task, _array(dw), shared, self._device, self._threads)
+                added = None if correction is None else _array(correction)
+                place = self._device, self._threads
+                reference = submit.remote(work, task, _array(dw), shared, added, *place)
                 running[reference] = task.name
-                del dw, hessian  # the cluster has them now
+                del dw, hessian, correction, added  # the cluster has them now
                 while len(running) > self._at_once():
                     yield self._next(running)
             del shared
@@ -169,11 +172,22 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _work_there(
-    work: Work[T], task: Task, dw: np.ndarray, metric: np.ndarray, device: str, threads: int
+    work: Work[T],
+    task: Task,
+    dw: np.ndarray,
+    metric: np.ndarray,
+    correction: np.ndarray | None,
+    device: str,
+    threads: int,
 ) -> T:
     """``work`` in a process of the cluster. Shared memory is read-only, hence the copies."""
     torch.set_num_threads(threads)
-    return work(task, torch.tensor(dw, device=device), Hessian(torch.tensor(metric, device=device)))
+    change, moments, added = (
+        None if array is None else torch.tensor(array, device=device) for array in (dw, metric, correction)
+    )
+    assert change is not None
+    assert moments is not None
+    return work(task, change, Hessian(moments), added)
 
 
 def _connect(ray: Any, address: str) -> None:

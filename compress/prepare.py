@@ -37,6 +37,8 @@ class Options:
     # One budget for all linear layers, where the method can tell what bytes are worth; else one for each.
     budget: Budget = "shared"
     embedding_ratio: Fraction = Fraction(1, 4)
+    # Each layer makes up for the errors of those before (`compensation`). None: as the method has it.
+    compensate: bool | None = None
     samples: int = 128
     sequence_length: int = 2048
     seed: int = 0
@@ -81,6 +83,15 @@ class Job:
             return "module"
         return "even" if self.samples is None else self.options.budget
 
+    @property
+    def compensates(self) -> bool:
+        """Whether each matrix is fitted to the compressed layers before it."""
+        options = self.options
+        # What an adapter loses is hardly worth mending, and its few directions would become many.
+        default = options.method.compensates and not options.lora
+        wanted = default if options.compensate is None else options.compensate
+        return wanted and self.samples is not None
+
     def limit(self, name: str) -> int | None:
         """The most bytes of one matrix; None: what the method takes."""
         options = self.options
@@ -99,6 +110,7 @@ class Job:
             **{name.replace("_", "-"): value for name, value in self.options.method.options().items()},
             "ratio": str(self.options.ratio),
             "budget": self.budget,
+            "compensated": self.compensates,
             "distill": self.options.distill,
             "embedding-ratio": str(self.options.embedding_ratio),
             "device": self.device.type,
@@ -185,6 +197,13 @@ def _check_options(options: Options) -> None:
             found="--ray" if options.ray else f"--calibration {options.calibration}",
             expected="calibration data, and a run without --ray",
             fix="leave out --delta-come-quirk",
+        )
+    if options.compensate and (options.calibration == calibration.NONE or options.method.repeats):
+        raise PrinMixError(
+            "layers are fitted to those before them on calibration data, which is run once",
+            where="--compensate",
+            found="--delta-come-quirk" if options.method.repeats else f"--calibration {options.calibration}",
+            fix="leave out --compensate",
         )
     check_at_least_one("--samples", options.samples)
     if options.distill:

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from vllm_prinmix import __version__
 from vllm_prinmix.compress.allocation.budgets import Curve, share
+from vllm_prinmix.compress.compensation import fits
 from vllm_prinmix.compress.distillation.finish import distill
-from vllm_prinmix.compress.executor import Executor, Serial, on_ray
+from vllm_prinmix.compress.executor import Executor, Serial, Tasks, on_ray
 from vllm_prinmix.compress.memory import trim
 from vllm_prinmix.compress.metrics import data_free, enough, hessians
 from vllm_prinmix.compress.model import Kind, is_transposed
@@ -26,6 +27,7 @@ from vllm_prinmix.compress.task import Result, Task, solve, survey
 from vllm_prinmix.format.checkpoint import FLOATS
 from vllm_prinmix.format.delta import write_delta
 from vllm_prinmix.format.digest import sample_digest
+from vllm_prinmix.format.payload import decode
 from vllm_prinmix.format.schema import (
     Base,
     Calibration,
@@ -90,10 +92,10 @@ class _Run:
             wanted = set(sizes) - set(exact)
             self._share(executor, wanted)
             samples = None if job.samples is None else job.samples.tokens
-            tasks = self._tasks(wanted, samples, self._advance)
-            with closing(executor.map(solve, tasks)) as results:
-                for result in results:
-                    self._save(result)
+            for tasks in self._groups(wanted, samples):
+                with closing(executor.map(solve, tasks)) as results:
+                    for result in results:
+                        self._save(result)
             self._tell("Compressed")
 
     def _tell(self, text: str) -> None:
@@ -134,21 +136,55 @@ class _Run:
             self.partial.save_limits(limits)
         self.limits = limits
 
+    def _groups(self, wanted: set[str], samples: list[torch.Tensor] | None) -> Iterator[Tasks]:
+        """The tasks of the matrices ``wanted``; a group's have to be saved before the next is taken."""
+        job = self.job
+        if not job.compensates:
+            yield self._tasks(wanted, samples, self._advance)
+            return
+        assert samples is not None
+        groups = fits(
+            job.model, job.base, job.finetuned, samples, wanted, job.device, self._change, self._tell
+        )
+        for group in groups:
+            matrices = ((fit.name, fit.hessian, fit.correction) for fit in group)
+            yield self._each(matrices, self._advance)
+            del group, matrices  # large, and not needed while the next ones' inputs are computed
+            trim()
+
     def _tasks(
         self, wanted: set[str], samples: list[torch.Tensor] | None, advance: Callable[[str], None]
-    ) -> Iterator[tuple[Task, torch.Tensor, Hessian]]:
-        """The matrices ``wanted``, as calibration reaches them; ``advance`` hears the unchanged ones."""
+    ) -> Tasks:
+        """The matrices ``wanted``, as calibration reaches them, each for itself."""
+        metrics = ((name, hessian, None) for name, hessian in self._metrics(wanted, samples))
+        return self._each(metrics, advance)
+
+    def _each(
+        self,
+        matrices: Iterator[tuple[str, Hessian, torch.Tensor | None]],
+        advance: Callable[[str], None],
+    ) -> Tasks:
+        """The tasks of (name, metric, correction); ``advance`` hears of matrices that are unchanged."""
         job = self.job
-        for name, hessian in self._metrics(wanted, samples):
+        for name, hessian, correction in matrices:
             self._tell(name.removeprefix("model.").removesuffix(".weight"))
             dw = job.finetuned.difference(job.base, name).to(job.device)
             if dw.any():
                 limit = self.limits.get(name, job.limit(name))
-                yield Task(name, job.method(name), limit, is_transposed(job.model, name)), dw, hessian
+                task = Task(name, job.method(name), limit, is_transposed(job.model, name))
+                yield task, dw, hessian, correction
             else:
                 advance(name)
-            del dw, hessian  # a layer's last ones would live on while the next layer runs
+            del dw, hessian, correction  # a layer's last ones would live on while the next layer runs
             trim()
+
+    def _change(self, name: str) -> torch.Tensor | None:
+        """A finished matrix's dW^, dense; None for an unchanged one."""
+        if name not in self.partial:
+            return None
+        spec, payload = self.partial.load(name)
+        assert not isinstance(spec, Exact)
+        return decode(spec, payload).dense()
 
     def _metrics(self, wanted: set[str], samples: list[torch.Tensor] | None) -> Iterator[tuple[str, Hessian]]:
         job = self.job
@@ -192,6 +228,7 @@ def _assemble(
             options=options.method.options(),
             ratio=None if options.ratio is None else float(options.ratio),
             budget=job.budget,
+            compensated=job.compensates,
             embedding_ratio=float(options.embedding_ratio),
         ),
         calibration=_calibration(job),

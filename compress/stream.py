@@ -125,7 +125,7 @@ def one_layer(model: Any, checkpoint: Checkpoint, index: int, device: torch.devi
 class _SecondMoments:
     """Adds up X X^T per input tensor, so that modules that read the same tensor share one matrix.
 
-    Only the blocks on and below the diagonal are computed; `finish` mirrors them.
+    Only the blocks on and below the diagonal are computed, until `finish`.
     """
 
     def __init__(self) -> None:
@@ -145,10 +145,7 @@ class _SecondMoments:
             rows = x.reshape(-1, x.shape[-1])
             if name not in self.by_name:
                 self.by_name[name] = torch.zeros(rows.shape[1], rows.shape[1], device=x.device)
-            lower = self.by_name[name]
-            for start in range(0, len(lower), BLOCK):
-                part = rows[:, start : start + BLOCK]
-                lower[start:, start : start + BLOCK].addmm_(rows[:, start:].T, part)
+            add_lower(self.by_name[name], rows)
 
         return pre_forward
 
@@ -158,8 +155,19 @@ class _SecondMoments:
     def finish(self) -> dict[str, torch.Tensor]:
         """The matrices by name, whole."""
         for name in set(self._owner.values()):
-            matrix = self.by_name[name]
-            for start in range(0, len(matrix), BLOCK):
-                stop = start + BLOCK
-                matrix[start:stop, stop:] = matrix[stop:, start:stop].T
+            mirror(self.by_name[name])
         return self.by_name
+
+
+def add_lower(lower: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add X X^T of ``rows`` [tokens, cols] to the blocks of ``lower`` on and below the diagonal."""
+    for start in range(0, len(lower), BLOCK):
+        part = rows[:, start : start + BLOCK]
+        lower[start:, start : start + BLOCK].addmm_(rows[:, start:].T, part)
+
+
+def mirror(matrix: torch.Tensor) -> None:
+    """Fill in the blocks above the diagonal from those below."""
+    for start in range(0, len(matrix), BLOCK):
+        stop = start + BLOCK
+        matrix[start:stop, stop:] = matrix[stop:, start:stop].T

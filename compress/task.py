@@ -50,8 +50,10 @@ class Result:
 PARTS = (0.25, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0, 4.0)
 
 
-def survey(task: Task, dw: torch.Tensor, hessian: Hessian) -> Survey:
+def survey(task: Task, dw: torch.Tensor, hessian: Hessian, correction: torch.Tensor | None = None) -> Survey:
     """The errors to be expected with PARTS of ``task.limit``; arguments as those of `solve`."""
+    if correction is not None:
+        dw = dw + correction
     assert task.limit is not None
     least = min(task.method.least_bytes(*dw.shape), task.limit)
     budgets = sorted({max(least, int(part * task.limit)) for part in PARTS})
@@ -62,14 +64,16 @@ def survey(task: Task, dw: torch.Tensor, hessian: Hessian) -> Survey:
             return Survey(task.name, curve, activation_energy(dw, hessian))
 
 
-def solve(task: Task, dw: torch.Tensor, hessian: Hessian) -> Result:
+def solve(task: Task, dw: torch.Tensor, hessian: Hessian, correction: torch.Tensor | None = None) -> Result:
     """Compress dW, float32 [rows, cols] and not all zero, and measure the errors of what is stored.
 
-    ``hessian`` is the metric of its inputs; of dW^T's where ``task.transposed``.
+    ``hessian`` is the metric of its inputs; of dW^T's where ``task.transposed``. ``correction``
+    (`compensation.Fit`) is added to what is compressed; "error" is of both, "weight_error" of dW.
     """
+    target = dw if correction is None else dw + correction
     with warnings.catch_warnings(record=True) as caught, one_thread_if_small(max(dw.shape)):
         warnings.simplefilter("always")
-        matrix = dw.T.contiguous() if task.transposed else dw
+        matrix = target.T.contiguous() if task.transposed else target
         change, report = task.method.compress(matrix, hessian, task.limit)
     if task.transposed:
         assert isinstance(change, QuantizedFactors), "see Method.for_embedding"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from rich.table import Column, Table
 
 from vllm_prinmix.compress.account import check_settings, check_tensors
 from vllm_prinmix.compress.calibration import NONE, Samples, draw, load_tokenizer
+from vllm_prinmix.compress.compensation import Fit, replay
 from vllm_prinmix.compress.lora import open_finetuned
 from vllm_prinmix.compress.measure import activation_error, relative_size, weight_error
 from vllm_prinmix.compress.merge import check_base
-from vllm_prinmix.compress.metrics import data_free, hessians
+from vllm_prinmix.compress.metrics import data_free
 from vllm_prinmix.compress.model import build_model, expected_tensors, is_transposed, read_architecture
 from vllm_prinmix.compress.prepare import Options, progress_bar
 from vllm_prinmix.errors import PrinMixError
@@ -127,13 +129,21 @@ def _check_errors(
     recorded, modules = delta.config.calibration, delta.config.modules
     wanted = {name for name, spec in modules.items() if not isinstance(spec, Exact)}
     cpu = torch.device("cpu")
+
+    def change(name: str) -> torch.Tensor | None:
+        spec = modules.get(name)
+        return None if spec is None or isinstance(spec, Exact) else decode(spec, delta.tensors[name]).dense()
+
+    fits: Iterator[Fit]
     if source == NONE:
         same = recorded is None
         metrics = data_free(model, base, finetuned, wanted, cpu)
+        fits = (Fit(name, hessian, None) for name, hessian in metrics)
     else:
         samples = draw_again(delta.config, source, finetuned, base, model.config.vocab_size)
         same = recorded is not None and samples.sha256 == recorded.sha256
-        metrics = hessians(model, finetuned, samples.tokens, wanted, cpu)
+        compensated = delta.config.settings.compensated
+        fits = replay(model, base, finetuned, samples.tokens, change, wanted, compensated, cpu)
     if not same:
         console.print(
             f"{source} gives other inputs than the delta was made for: errors are not compared",
@@ -141,13 +151,13 @@ def _check_errors(
         )
     with progress_bar(console) as progress:
         task = progress.add_task("Measuring", total=len(wanted))
-        for name, hessian in metrics:
-            spec = modules[name]
+        for fit in fits:
+            name, spec = fit.name, modules[fit.name]
             assert not isinstance(spec, Exact)
-            dw = finetuned.difference(base, name)
-            decoded = decode(spec, delta.tensors[name]).dense()
+            target, decoded = fit.target(finetuned.difference(base, name)), change(name)
+            assert decoded is not None
             turned = is_transposed(model, name)
-            entries[name]["error"] = activation_error(dw, decoded, hessian, transposed=turned)
+            entries[name]["error"] = activation_error(target, decoded, fit.hessian, transposed=turned)
             if same:
                 _compare(delta, name, spec.report.get("error"), entries[name]["error"])
             progress.advance(task)

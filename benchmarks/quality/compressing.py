@@ -16,6 +16,7 @@ from benchmarks.quality.metrics import output_errors
 from benchmarks.quality.settings import Compressor, Setting
 from benchmarks.quality.store import Packed, Work, pack
 from vllm_prinmix.compress.allocation.budgets import Curve, share
+from vllm_prinmix.compress.compensation import Fit, replay
 from vllm_prinmix.compress.distillation.student import Student
 from vllm_prinmix.compress.distillation.teacher import Teacher
 from vllm_prinmix.compress.distillation.train import train
@@ -23,7 +24,6 @@ from vllm_prinmix.compress.measure import activation_error
 from vllm_prinmix.compress.memory import trim
 from vllm_prinmix.compress.metrics import enough
 from vllm_prinmix.compress.model import Kind, build_model, is_transposed
-from vllm_prinmix.compress.quantization.hessian import Hessian
 from vllm_prinmix.compress.sensitivity import importance, sensitivities
 from vllm_prinmix.compress.task import Task, survey
 from vllm_prinmix.errors import PrinMixError
@@ -55,28 +55,19 @@ def compress(
 ) -> None:
     """Leave in each run's `Work` all matrices that are not there yet; runs share their samples.
 
+    They share one pass too, but for those that compensate, whose inputs depend on what is compressed before.
     A run whose method refuses a matrix is `failed` and goes no further. ``advance`` hears the number of
     weights of each matrix of each run, ``notes`` gets the methods' warnings.
     """
     samples = material.samples(runs[0].setting, runs[0].seed)
     _share(material, runs, samples, tell)
-    for name, hessian, activations in inputs(material, samples, tell):
-        change = material.change(name)
-        for run in runs:
-            if run.failed is None and name not in run.work:
-                tell(f"{run}: {name.removeprefix('model.').removesuffix('.weight')}")
-                start = time.monotonic()
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always")
-                    try:
-                        _matrix(material, run, name, change, hessian, activations)
-                    except PrinMixError as error:
-                        run.failed = f"{name}: {error}"
-                run.seconds += time.monotonic() - start
-                notes |= {f"{run.setting}: {warning.message}" for warning in caught}
-            advance(change.numel())
-        del hessian, activations  # a layer's last ones would live on while the next layer runs
-        trim()
+    alone = [run for run in runs if run.setting.compensates(run.compressor)]
+    shared = [run for run in runs if run not in alone]
+    if shared:
+        metrics = metrics_of(material, samples, set(material.matrices), tell)
+        _pass(material, shared, (Fit(name, hessian, None) for name, hessian in metrics), tell, advance, notes)
+    for run in alone:
+        _pass(material, [run], _fits(material, run.work, samples, True, tell), tell, advance, notes)
     for run in runs:
         if run.setting.distill and run.failed is None:
             tell(f"{run}: training the scales")
@@ -85,19 +76,66 @@ def compress(
             run.seconds += time.monotonic() - start
 
 
-def inputs(
-    material: Material, samples: list[torch.Tensor], tell: Callable[[str], None]
-) -> Iterator[tuple[str, Hessian, Activations | None]]:
-    """All matrices: (name, metric of the calibration inputs, held-out activations of a layer's linears)."""
+def _pass(
+    material: Material,
+    runs: Sequence[Run],
+    fits: Iterator[Fit],
+    tell: Callable[[str], None],
+    advance: Callable[[int], None],
+    notes: set[str],
+) -> None:
+    """One pass over the model for ``runs``."""
+    for fit, activations in with_activations(material, fits):
+        name, change = fit.name, material.change(fit.name)
+        for run in runs:
+            if run.failed is None and name not in run.work:
+                tell(f"{run}: {name.removeprefix('model.').removesuffix('.weight')}")
+                start = time.monotonic()
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    try:
+                        _matrix(material, run, fit, change, activations)
+                    except PrinMixError as error:
+                        run.failed = f"{name}: {error}"
+                run.seconds += time.monotonic() - start
+                notes |= {f"{run.setting}: {warning.message}" for warning in caught}
+            advance(change.numel())
+        del fit, activations  # a layer's last ones would live on while the next layer runs
+        trim()
+
+
+def _fits(
+    material: Material,
+    work: Work,
+    samples: list[torch.Tensor],
+    compensated: bool,
+    tell: Callable[[str], None],
+) -> Iterator[Fit]:
+    """What all matrices are fitted to, or were; with compensation it depends on what is in ``work``."""
+    return replay(
+        material.model,
+        material.base,
+        material.finetuned,
+        samples,
+        lambda name: work.load(name)[0] if name in work else None,
+        set(material.matrices),
+        compensated,
+        material.limits.device,
+        tell,
+    )
+
+
+def with_activations(material: Material, fits: Iterator[Fit]) -> Iterator[tuple[Fit, Activations | None]]:
+    """Each of a layer's linears together with its held-out activations."""
     heldout = Heldout(material)
     activations: dict[str, Activations] = {}
-    for name, hessian in metrics_of(material, samples, set(material.matrices), tell):
-        layer = layer_of(name)
-        if layer is not None and name not in activations:
+    for fit in fits:
+        layer = layer_of(fit.name)
+        if layer is not None and fit.name not in activations:
             activations.clear()
             activations |= heldout.layer(layer)
-        yield name, hessian, activations.get(name)
-        del hessian
+        yield fit, activations.get(fit.name)
+        del fit
 
 
 def _distill(material: Material, run: Run, samples: list[torch.Tensor], tell: Callable[[str], None]) -> None:
@@ -113,10 +151,15 @@ def _distill(material: Material, run: Run, samples: list[torch.Tensor], tell: Ca
     trained = train(student, teacher, samples, run.setting.distill, run.seed, lambda text: None).changes
     del teacher, student
     untrained, run.work = run.work, Work(run.work.folder.parents[1], run.key | {"scales": "trained"})
-    for name, hessian, activations in inputs(material, samples, tell):
-        packed, change = pack(trained[name], transposed=False), material.change(name)
+    compensated = run.setting.compensates(run.compressor)
+    packs = {name: pack(quantized, transposed=False) for name, quantized in trained.items()}
+    for name, packed in packs.items():
+        run.work.save(name, packed, {})
+    for fit, activations in with_activations(material, _fits(material, run.work, samples, compensated, tell)):
+        name, packed, change = fit.name, packs[fit.name], material.change(fit.name)
         decoded = packed.dense.to(change.device)
-        error = activation_error(change, decoded, hessian, transposed=is_transposed(model, name))
+        turned = is_transposed(model, name)
+        error = activation_error(fit.target(change), decoded, fit.hessian, transposed=turned)
         run.work.save(name, packed, {"calibration": error} | _held_out(change, decoded, activations))
     untrained.remove()
 
@@ -153,16 +196,16 @@ def _share(
 def _matrix(
     material: Material,
     run: Run,
-    name: str,
+    fit: Fit,
     change: torch.Tensor,
-    hessian: Hessian,
     activations: Activations | None,
 ) -> None:
+    name, target = fit.name, fit.target(change)
     linear = material.kinds[name] is Kind.LINEAR
     method = run.compressor if linear else run.compressor.for_embedding()
     turned = is_transposed(material.model, name)
     limit = run.limits.get(name, material.limit(run.setting, name))
-    compressed, report = method.compress(change.T.contiguous() if turned else change, hessian, limit)
+    compressed, report = method.compress(target.T.contiguous() if turned else target, fit.hessian, limit)
     packed: Packed = pack(compressed, turned)
     figures = {"calibration": float(report["error"])}
     figures |= _held_out(change, packed.dense.to(change.device), activations)

@@ -11,7 +11,7 @@ from benchmarks.quality.material import Material
 from benchmarks.quality.metrics import outliers
 from vllm_prinmix.compress import stream
 from vllm_prinmix.compress.metrics import data_free, hessians
-from vllm_prinmix.compress.model import layer_prefix
+from vllm_prinmix.compress.model import build_model, layer_prefix
 from vllm_prinmix.compress.quantization.hessian import Hessian
 
 PREFIX = "model.layers."
@@ -30,6 +30,7 @@ class Heldout:
 
     def __init__(self, material: Material) -> None:
         self.material = material
+        self.model = build_model(material.model.config)  # the pass that it accompanies has the other
         self.hidden = stream.embed(material.finetuned, [text.tokens for text in material.texts])
         self.next = 0
 
@@ -41,7 +42,7 @@ class Heldout:
 
     def _run(self, index: int) -> dict[str, Activations]:
         assert index == self.next, "layers come in order"
-        model, prefix = self.material.model, layer_prefix(index)
+        model, prefix = self.model, layer_prefix(index)
         seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         hooks = []
         for name, module in model.model.layers[index].named_modules():

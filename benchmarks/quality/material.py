@@ -140,6 +140,7 @@ class Material:
             "ratio": str(setting.ratio),
             "distill": setting.distill,
             "budget": setting.budget if setting.shares(setting.compressor()) else "module",
+            "compensated": setting.compensates(setting.compressor()),
             "embedding_ratio": str(limits.embedding_ratio),
             "calibration": _sha256(self.samples(setting, seed)),
             "texts": _sha256([text.tokens for text in self.texts]),

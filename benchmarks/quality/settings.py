@@ -38,6 +38,7 @@ class Setting:
     samples: int = 0  # calibration samples; 0: as many as --samples says
     lora: bool = False  # of the pair's LoRA fine-tune
     budget: Budget = "shared"  # see prepare.Options
+    compensate: bool | None = None  # see prepare.Options
     distill: int = 0  # steps of training the scales
 
     def compressor(self) -> Compressor:
@@ -53,6 +54,11 @@ class Setting:
         able = isinstance(compressor, Method) and compressor.has_curve
         return able and self.budget != "module" and self.ratio is not None
 
+    def compensates(self, compressor: Compressor) -> bool:
+        """Whether each matrix is fitted to the compressed layers before it."""
+        default = isinstance(compressor, Method) and compressor.compensates
+        return self.draws and (default if self.compensate is None else self.compensate)
+
     @property
     def draws(self) -> bool:
         """Whether the result depends on the calibration seed."""
@@ -61,8 +67,9 @@ class Setting:
     def __str__(self) -> str:
         options = "".join(f" {name}={value}" for name, value in self.options)
         budget = "" if self.budget == "shared" else f" budget={self.budget}"
+        own = "" if self.compensate is None else f" compensate={self.compensate}"
         trained = f" distill={self.distill}" if self.distill else ""
-        return f"{self.method}{options}{budget}{trained}{'' if self.ratio is None else f' {self.ratio}'}"
+        return f"{self.method}{options}{budget}{own}{trained}{'' if self.ratio is None else f' {self.ratio}'}"
 
 
 def setting(method: str, ratio: Fraction | None, **options: Any) -> Setting:

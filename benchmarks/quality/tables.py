@@ -179,6 +179,8 @@ def ablation(choice: Choice, pair: Pair) -> Table:
     rows = []
     for method in choice.of(OURS):
         rows.append(Row(("all steps", ""), choice.at(method)))
+        without = replace(choice.at(method), compensate=False)
+        rows.append(Row(("without compensation", "alone"), without))
         rows.append(Row(("budget shared evenly", "alone"), replace(choice.at(method), budget="even")))
         rows.append(Row(("budget of each module", "alone"), replace(choice.at(method), budget="module")))
         steps = [step.replace("_", "-") for step in registry.METHODS[method].steps]
@@ -190,6 +192,20 @@ def ablation(choice: Choice, pair: Pair) -> Table:
             rows.append(Row((f"without {step}", "and all above"), setting(method, choice.ratio, **options)))
         rows += [Row((other, ""), choice.at(other)) for other in choice.of(PAPER)]
     return Table("ablation", f"Steps of {OURS}, α = {as_text(choice.ratio)}", ("steps", ""), rows)
+
+
+def compensation(choice: Choice, pair: Pair) -> Table:
+    """What it is worth to a method that layers are fitted to the compressed ones before (`--compensate`)."""
+    rows = []
+    for method in choice.methods:
+        for ratio in dict.fromkeys((choice.ratio, choice.ratio / 2)):
+            found = choice.at(method, ratio)
+            label = "its own" if found.ratio is None else as_text(found.ratio)
+            for compensate, shown in ((False, ""), (True, "compensated")):
+                rows.append(Row((method, label, shown), replace(found, compensate=compensate)))
+            if found.ratio is None:
+                break
+    return Table("compensation", "Layers fitted to the compressed ones before", ("method", "α", ""), rows)
 
 
 def distillation(choice: Choice, pair: Pair) -> Table:
@@ -219,6 +235,7 @@ TABLES: dict[str, Callable[[Choice, Pair], Table]] = {
     "13": candidates,
     "15": layer_types,
     "ablation": ablation,
+    "compensation": compensation,
     "distill": distillation,
 }
 SAME = {"3": "2"}  # Table 3 is Table 2 on larger models

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 from rich.console import Console
 
+from vllm_prinmix.compress.compensation import replay
 from vllm_prinmix.compress.distillation.student import Quantized, Student
 from vllm_prinmix.compress.distillation.teacher import Teacher
 from vllm_prinmix.compress.distillation.train import Distilled, train
 from vllm_prinmix.compress.measure import activation_error, weight_error
-from vllm_prinmix.compress.metrics import hessians
 from vllm_prinmix.compress.model import build_model, is_transposed
 from vllm_prinmix.compress.prepare import Job, progress_bar
 from vllm_prinmix.errors import PrinMixError
@@ -81,15 +81,25 @@ def _measured(
 ) -> Iterator[tuple[str, tuple[Module, torch.Tensor]]]:
     """Each matrix encoded, with its errors measured anew."""
     assert job.samples is not None
-    metrics = hessians(job.model, job.finetuned, job.samples.tokens, set(changes), job.device)
-    for name, hessian in metrics:
+    fits = replay(
+        job.model,
+        job.base,
+        job.finetuned,
+        job.samples.tokens,
+        lambda name: changes[name].dense() if name in changes else None,
+        set(changes),
+        job.compensates,
+        job.device,
+    )
+    for fit in fits:
+        name = fit.name
         dw = job.finetuned.difference(job.base, name).to(job.device)
         spec, payload = encode(changes[name])
         decoded = decode(spec, payload).dense().to(job.device)
         turned = is_transposed(job.model, name)
         errors = {
             "weight_error": weight_error(dw, decoded),
-            "error": activation_error(dw, decoded, hessian, transposed=turned),
+            "error": activation_error(fit.target(dw), decoded, fit.hessian, transposed=turned),
         }
         yield name, (spec.model_copy(update={"report": _report(finished[name][0]) | errors}), payload)
 

@@ -30,6 +30,7 @@ class Method(ABC):
     name: ClassVar[str]  # of --method
     summary: ClassVar[str]  # one line for people
     has_curve: ClassVar[bool] = False  # it can tell what bytes are worth without compressing
+    compensates: ClassVar[bool] = False  # by default it is fitted to the compressed layers before
     steps: ClassVar[tuple[str, ...]] = ()  # fields that `--without` switches off
 
     @property

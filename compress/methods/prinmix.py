@@ -49,6 +49,7 @@ class PrinMix(Method):
     name: ClassVar[str] = "prinmix"
     summary: ClassVar[str] = "both errors in the objective, widths of their own for V and U, fitted scales"
     has_curve: ClassVar[bool] = True
+    compensates: ClassVar[bool] = True
     steps: ClassVar[tuple[str, ...]] = (
         "joint_objective", "separate_widths", "whitening", "clipping", "rtc", "refit_scales", "alternations"
     )  # fmt: skip

@@ -77,6 +77,18 @@ class Hessian:
             return self.norm(rows)
         return self.norm(rows) + float(self.damping) * rows.square().sum(dim=1, dtype=torch.float64)
 
+    def solve(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows (H + damping)^-1: float32 [n, K] -> float32 [n, K]; a diagonal H is not damped."""
+        if self.is_diagonal:
+            return rows / self.matrix
+        order, factor, pivots = self.feedback
+        triangular = torch.linalg.solve_triangular
+        half = triangular(factor.T, rows[:, order], upper=True, left=False, unitriangular=True)
+        half /= pivots
+        solved = torch.empty_like(rows)
+        solved[:, order] = triangular(factor, half, upper=False, left=False, unitriangular=True)
+        return solved
+
     @cached_property
     def feedback(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(order int64 [K], factor float32 [K, K], pivots float32 [K]) of the damped dense H, for `gptq`.

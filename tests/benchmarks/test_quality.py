@@ -216,7 +216,8 @@ ROWS = {
     "11": METHODS * 4,
     "13": 2 * 2,
     "15": 7 * (1 + METHODS),
-    "ablation": 3 + len(PrinMix.steps) * 2 - 1 + 1,
+    "ablation": 4 + len(PrinMix.steps) * 2 - 1 + 1,
+    "compensation": METHODS * 2 * 2,
     "distill": METHODS * 2 * 2,
 }
 

@@ -79,6 +79,7 @@ def test_compress_inspect_verify_merge(make_pair: Callable[..., Pair], prinmix: 
         },
         "ratio": 0.125,
         "budget": "module",
+        "compensated": False,
         "embedding_ratio": 0.25,
     }
     assert description["calibration"]["seed"] == 3

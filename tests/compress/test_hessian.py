@@ -35,6 +35,16 @@ def test_feedback_factorises_the_damped_reordered_matrix() -> None:
     assert torch.equal(factor.diagonal(), torch.ones(64))
 
 
+def test_solve_inverts_the_damped_matrix() -> None:
+    matrix = make_layer(64, 64, outliers=3).calibration
+    rows = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
+    damped = matrix + DAMPING * matrix.diagonal().mean() * torch.eye(64)
+    expected = torch.linalg.solve(damped.double(), rows.T.double()).T
+    assert (Hessian(matrix).solve(rows) - expected).norm() <= 1e-4 * expected.norm()
+    counts = 1 + torch.rand(64, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(Hessian(counts).solve(rows), rows / counts)
+
+
 def test_more_damping_is_tried_with_a_warning() -> None:
     matrix = torch.eye(4)
     matrix[0, 1] = matrix[1, 0] = 1.05

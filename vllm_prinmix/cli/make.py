@@ -49,6 +49,14 @@ def compress(
             "low-rank, gptq, deltazip, gpt-zip."
         ),
     ] = "prinmix",
+    compensate: Annotated[
+        bool | None,
+        typer.Option(
+            help="Fit each layer to what the compressed layers before it give it, so that it makes up for "
+            "their errors; takes more forward passes. Default: for prinmix with calibration data, but not of "
+            "adapters."
+        ),
+    ] = None,
     bits: Annotated[
         str | None,
         typer.Option(help="Candidate bit-widths; gptq, deltazip: the one width. Default: the method's."),
@@ -126,6 +134,7 @@ def compress(
         ratio=None if ratio is None else fraction("--ratio", ratio),
         budget=sharing(budget),
         embedding_ratio=fraction("--embedding-ratio", embedding_ratio),
+        compensate=compensate,
         samples=samples,
         sequence_length=sequence_length,
         seed=seed,

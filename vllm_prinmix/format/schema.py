@@ -85,6 +85,7 @@ class Settings(Strict):
     options: dict[str, bool | int | float | str | list[int] | None]  # the method's own
     ratio: float | None  # None: the size follows from the options
     budget: Budget = "module"
+    compensated: bool = False  # each matrix was fitted to the compressed layers before it
     embedding_ratio: float
 
 

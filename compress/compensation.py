@@ -1,0 +1,331 @@
+"""Each layer fitted to what it will get: it makes up for what the compressed layers before it get wrong.
+
+A layer's inputs in the compressed model, y, are not those in the fine-tuned one, x. So that its outputs are
+near the fine-tune's W x, its change dW is fitted with a correction C: (W + C) y is W x as nearly as can be,
+
+    C = W D (H + damping)^-1,    D = sum (x - y) y^T,    H = sum y y^T
+
+over the calibration tokens (QEP, Arai & Ichikawa, 2025, arXiv 2504.09629). What o_proj and down_proj write is
+added to the residual stream, where the errors of all layers before are: they make up for these too, with
+sum r y^T added to W D, r the fine-tune's residual less the compressed model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_prinmix.compress import stream
+from vllm_prinmix.compress.metrics import embedding_hessian, hessians, tied_hessian
+from vllm_prinmix.compress.model import build_model, is_tied, layer_prefix
+from vllm_prinmix.compress.quantization.hessian import Hessian
+from vllm_prinmix.format.checkpoint import EMBEDDING, HEAD, Checkpoint
+
+ROWS = 256  # of a matrix, whose corrections tell how much to trust them all
+# What writes to the residual stream, and the module whose input the stream is before that.
+WRITERS = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What one matrix is fitted to: dW + ``correction`` (float32 [rows, cols]; None: 0) in the metric."""
+
+    name: str
+    hessian: Hessian
+    correction: torch.Tensor | None
+
+    def target(self, dw: torch.Tensor) -> torch.Tensor:
+        """What is compressed in dW's place."""
+        return dw if self.correction is None else dw + self.correction
+
+
+def fits(
+    model: Any,
+    base: Checkpoint,
+    finetuned: Checkpoint,
+    samples: list[torch.Tensor],
+    wanted: set[str],
+    device: torch.device,
+    change: Callable[[str], torch.Tensor | None],
+    tell: Callable[[str], None] = lambda text: None,
+) -> Iterator[list[Fit]]:
+    """All ``wanted`` matrices in the order of a forward pass, those with the same inputs together.
+
+    When the next ones are asked for, ``change`` has to know dW^ of all before, by weight name: float32
+    [rows, cols], None for what did not change. Metrics are those of the inputs in the compressed model; an
+    embedding has the one of `metrics.hessians`, and no correction. ``model`` is on the meta device,
+    ``samples`` are int64 token ids [tokens]. Two copies of one layer are in memory at a time, the fine-tune's
+    and the compressed, with two matrices of a metric's size.
+    """
+    left = set(wanted)
+    tied = is_tied(model)
+    if EMBEDDING in left and not tied:
+        yield [Fit(EMBEDDING, embedding_hessian(samples, model.config.vocab_size, device), None)]
+        left.remove(EMBEDDING)
+    if not left:
+        return
+    both = _Streams(model, base, finetuned, samples, device, None if tied else change(EMBEDDING))
+    for index in range(model.config.num_hidden_layers):
+        tell(f"layer {index}: running the calibration samples")
+        yield from both.layer(index, left, change)
+        if not left:
+            return
+    if tied:
+        head = stream.head_moments(model, finetuned, both.hidden, device)
+        yield [Fit(EMBEDDING, tied_hessian(head), None)]
+    else:
+        yield [both.head()]
+
+
+def replay(
+    model: Any,
+    base: Checkpoint,
+    finetuned: Checkpoint,
+    samples: list[torch.Tensor],
+    change: Callable[[str], torch.Tensor | None],
+    names: set[str],
+    compensated: bool,
+    device: torch.device,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Iterator[Fit]:
+    """What the matrices ``names`` of a finished delta are measured in: as they were fitted.
+
+    ``change`` gives dW^ by weight name, as in `fits`.
+    """
+    if not compensated:
+        for name, hessian in hessians(model, finetuned, samples, names, device, tell):
+            yield Fit(name, hessian, None)
+        return
+    for group in fits(model, base, finetuned, samples, names, device, change, tell):
+        yield from group
+
+
+class _Streams:
+    """The samples' hidden states between layers: the fine-tune's, and those of the compressed model."""
+
+    def __init__(
+        self,
+        model: Any,
+        base: Checkpoint,
+        finetuned: Checkpoint,
+        samples: list[torch.Tensor],
+        device: torch.device,
+        embedding: torch.Tensor | None,
+    ) -> None:
+        self.model, self.base, self.finetuned, self.device = model, base, finetuned, device
+        self.twin = build_model(model.config)  # runs the compressed layers
+        self.hidden = stream.embed(finetuned, samples)
+        self.drifted = list(self.hidden)
+        if embedding is not None:
+            before = stream.embed(base, samples)
+            self.drifted = [h + embedding[s] for h, s in zip(before, samples, strict=True)]
+
+    @torch.no_grad()
+    def layer(
+        self, index: int, left: set[str], change: Callable[[str], torch.Tensor | None]
+    ) -> Iterator[list[Fit]]:
+        """The fits of the matrices ``left`` in a layer, which are taken out; then both streams are past it.
+
+        Nothing is run that is not needed for what is left.
+        """
+        prefix = layer_prefix(index)
+        with (
+            stream.one_layer(self.model, self.finetuned, index, self.device) as layer,
+            stream.one_layer(self.twin, self.finetuned, index, self.device) as twin,
+        ):
+            groups = self._groups(layer)
+            for group in groups:
+                names = [f"{prefix}{name}.weight" for name in group if f"{prefix}{name}.weight" in left]
+                last = group is groups[-1]
+                if names or last:
+                    found = self._fits(layer, twin, group, names, prefix, last)
+                    if found:
+                        yield found
+                    del found
+                left.difference_update(names)
+                if not left:
+                    return
+                for name in group:
+                    weight = f"{prefix}{name}.weight"
+                    if (changed := change(weight)) is not None:
+                        new = self.base.load(weight, torch.float32) + changed
+                        module = twin.get_submodule(name)
+                        module.weight = nn.Parameter(new.to(self.device), requires_grad=False)
+            for i, states in enumerate(self.drifted):
+                self.drifted[i] = _run(self.twin, states.to(self.device)).cpu()
+
+    def _groups(self, layer: nn.Module) -> list[list[str]]:
+        """The layer's linears in the order of its forward pass, those with one input together."""
+        inputs: dict[int, tuple[torch.Tensor, list[str]]] = {}
+
+        def hook(name: str) -> Callable[..., None]:
+            def keep(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                inputs.setdefault(id(args[0]), (args[0], []))[1].append(name)
+
+            return keep
+
+        linears = [(name, m) for name, m in layer.named_modules() if isinstance(m, nn.Linear)]
+        hooks = [module.register_forward_pre_hook(hook(name)) for name, module in linears]
+        _run(self.model, self.hidden[0][:, :1].to(self.device))
+        for each in hooks:
+            each.remove()
+        return [names for _, names in inputs.values()]
+
+    def _fits(
+        self, layer: nn.Module, twin: nn.Module, group: list[str], names: list[str], prefix: str, last: bool
+    ) -> list[Fit]:
+        """Of the linears ``group`` those of the weights ``names``.
+
+        With ``last`` the fine-tune's stream goes on past the layer.
+        """
+        residual = WRITERS.get(group[0])
+        ours, theirs = (_Inputs(part, group[0], residual) for part in (layer, twin))
+        halves: list[_Sums] = []
+        for i, (states, drifted) in enumerate(zip(self.hidden, self.drifted, strict=True)):
+            whole = ours.run(self.model, states.to(self.device), to_the_end=last)
+            if names:
+                theirs.run(self.twin, drifted.to(self.device))
+                halves = halves or [_Sums(theirs.input, theirs.residual) for _ in range(2)]
+                missing = None if residual is None else ours.residual - theirs.residual
+                halves[i % 2].add(ours.input, theirs.input, missing)
+            if last:
+                assert whole is not None
+                self.hidden[i] = whole.cpu()
+        ours.close()
+        theirs.close()
+        if not names:
+            return []
+        modules: dict[str, Any] = {f"{prefix}{name}.weight": layer.get_submodule(name) for name in group}
+        weights = [modules[name].weight for name in names]
+        hessian, corrections = _Corrections(halves).finish(weights)
+        return [Fit(name, hessian, c) for name, c in zip(names, corrections, strict=True)]
+
+    @torch.no_grad()
+    def head(self) -> Fit:
+        """lm_head's, past the last layer."""
+        streams = (
+            stream.final_norm(self.model, self.finetuned, states, self.device)
+            for states in (self.hidden, self.drifted)
+        )
+        halves: list[_Sums] = []
+        for i, (x, y) in enumerate(zip(*streams, strict=True)):
+            halves = halves or [_Sums(y[0]) for _ in range(2)]
+            halves[i % 2].add(x[0], y[0])
+        weight = self.finetuned.load(HEAD, torch.float32).to(self.device)
+        hessian, (correction,) = _Corrections(halves).finish([weight])
+        return Fit(HEAD, hessian, correction)
+
+
+class _Reached(Exception):
+    """The forward pass has come to the module that it was for."""
+
+
+class _Inputs:
+    """What a linear of a layer reads in a forward pass, and the residual stream it adds to."""
+
+    def __init__(self, layer: nn.Module, linear: str, residual: str | None) -> None:
+        self.input = torch.empty(0)  # [tokens, cols]
+        self.residual: Any = None  # [tokens, hidden], or None
+        self._stop = True
+        self._hooks = [layer.get_submodule(linear).register_forward_pre_hook(self._reach)]
+        if residual is not None:
+            self._hooks.append(layer.get_submodule(residual).register_forward_pre_hook(self._pass))
+
+    def run(self, model: Any, states: torch.Tensor, to_the_end: bool = False) -> torch.Tensor | None:
+        """As far as is needed, or through the whole layer: its output [1, tokens, hidden]."""
+        self._stop = not to_the_end
+        try:
+            return _run(model, states)
+        except _Reached:
+            return None
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _reach(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self.input = args[0].reshape(-1, args[0].shape[-1])
+        if self._stop:
+            raise _Reached
+
+    def _pass(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self.residual = args[0].reshape(-1, args[0].shape[-1])
+
+
+class _Sums:
+    """H, D and sum r y^T over some samples: float32 [cols, cols], [cols, cols] and [hidden, cols]."""
+
+    def __init__(self, y: torch.Tensor, residual: torch.Tensor | None = None) -> None:
+        cols, device = y.shape[1], y.device
+        self.moments, self.drift = (torch.zeros(cols, cols, device=device) for _ in range(2))
+        self.residuals = None if residual is None else torch.zeros(residual.shape[1], cols, device=device)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, r: torch.Tensor | None = None) -> None:
+        """Tokens' inputs in the fine-tuned model and in the compressed one, and what the residual misses."""
+        stream.add_lower(self.moments, y)
+        self.drift.addmm_((x - y).T, y)
+        if self.residuals is not None and r is not None:
+            self.residuals.addmm_(r.T, y)
+
+    def missed(self, weight: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """W D + sum r y^T of those ``rows`` of W [rows, cols]: C (H + damping)."""
+        found = weight[rows] @ self.drift
+        return found if self.residuals is None else found + self.residuals[rows]
+
+    def __iadd__(self, other: _Sums) -> _Sums:
+        self.moments += other.moments
+        self.drift += other.drift
+        if self.residuals is not None and other.residuals is not None:
+            self.residuals += other.residuals
+        return self
+
+
+class _Corrections:
+    """C of the matrices that read one input, as far as one half of the samples bears out what the other says.
+
+    C is a regression, and from few tokens it follows their accidents. What the C of either half explains of
+    the other half tells how much of it can be trusted: it is multiplied by
+
+        strength = sum <M', C> / sum <C H', C>,    M' = W D' + sum r y^T,
+
+    cut to 0 to 1, with the primed from the half that C is not from.
+    """
+
+    def __init__(self, halves: list[_Sums]) -> None:
+        for half in halves:
+            stream.mirror(half.moments)
+        self._halves = halves
+
+    def finish(self, weights: list[torch.Tensor]) -> tuple[Hessian, list[torch.Tensor | None]]:
+        """The metric of all samples, and each matrix's C, None where nothing has drifted. Once only."""
+        whole, other = self._halves
+        strengths = self._strengths(weights)
+        whole += other
+        del other, self._halves
+        hessian = Hessian(whole.moments)
+        return hessian, [
+            None if not strength else hessian.solve(whole.missed(weight)).mul_(strength)
+            for weight, strength in zip(weights, strengths, strict=True)
+        ]
+
+    def _strengths(self, weights: list[torch.Tensor]) -> list[float]:
+        explained, size = [0.0] * len(weights), [0.0] * len(weights)
+        for one, other in (self._halves, self._halves[::-1]):
+            if not one.moments.any() or not other.moments.any():
+                return [0.0] * len(weights)
+            hessian, metric = Hessian(one.moments), Hessian(other.moments)
+            for i, weight in enumerate(weights):
+                rows = torch.linspace(0, len(weight) - 1, min(len(weight), ROWS), device=weight.device).long()
+                found = hessian.solve(one.missed(weight, rows))
+                explained[i] += float((other.missed(weight, rows) * found).sum(dtype=torch.float64))
+                size[i] += float(metric.norm(found).sum())
+            del hessian, metric
+        return [min(max(e / s, 0.0), 1.0) if s else 0.0 for e, s in zip(explained, size, strict=True)]
+
+
+def _run(model: Any, states: torch.Tensor) -> torch.Tensor:
+    return model.model(inputs_embeds=states, use_cache=False).last_hidden_state
