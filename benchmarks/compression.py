@@ -8,6 +8,9 @@ compressed as `prinmix compress` does it: layer by layer, from calibration sampl
 straightforward implementation (benchmarks.straightforward) does the first layers of the same pair. Each runs
 in a process of its own, one after the other; times are scaled to the whole model. Written to --out:
 compression.json, compression.png, compression.md.
+
+Both take each matrix for itself. That `prinmix` by default fits layers to the compressed ones before them is a
+contender of its own, "compensated", without a straightforward one beside it.
 """
 
 from __future__ import annotations
@@ -31,18 +34,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from typer import Option
 
-from benchmarks.compression_report import markdown, plot, speed_ups, table
+from benchmarks.compression_report import PLAIN, markdown, plot, speed_ups, table
 from benchmarks.generate_delta import SHAPES, Shape
 from benchmarks.generate_pair import generate_pair
 from benchmarks.kernels import TABLE_WIDTH, machine, pick_device
 from benchmarks.records import write_file
 from benchmarks.straightforward import Straightforward, second_moments, solver
 from vllm_prinmix import __version__
+from vllm_prinmix.compress.compensation import Fit, replay
 from vllm_prinmix.compress.measure import weight_error
 from vllm_prinmix.compress.memory import trim
 from vllm_prinmix.compress.methods.paper import compress_factors
 from vllm_prinmix.compress.methods.prinmix import compress_jointly
-from vllm_prinmix.compress.metrics import hessians
 from vllm_prinmix.compress.model import Kind, build_model, expected_tensors, read_architecture
 from vllm_prinmix.compress.quantization.hessian import Hessian
 from vllm_prinmix.compress.ratio import budget
@@ -52,7 +55,7 @@ from vllm_prinmix.format.checkpoint import Checkpoint
 from vllm_prinmix.format.payload import decode, encode
 from vllm_prinmix.kernels.quantized import QuantizedFactors
 
-METHODS = ("prinmix", "prinmix-paper")
+METHODS = {"prinmix": True, "prinmix-paper": False}  # by default compensated?
 USUAL_LAYERS = {"qwen2.5-7b": 4}  # generated where --layers does not say; else all of them
 # Laps of `compress_factors` that the others count as one stage.
 JOINED = {"quantize V": "quantize", "correct U": "quantize", "quantize U": "quantize"}
@@ -64,6 +67,7 @@ class Task:
 
     method: str
     straightforward: bool
+    compensated: bool
     folder: Path  # of the pair
     layers: int  # at most
     budget_seconds: float  # no layer begins that would not end by then, except the first
@@ -76,7 +80,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        return self.method + (", straightforward" if self.straightforward else "")
+        return self.method + self.straightforward * PLAIN + self.compensated * ", compensated"
 
 
 def measure(task: Task, tell: Callable[[int], None]) -> dict[str, Any]:
@@ -100,18 +104,22 @@ def measure(task: Task, tell: Callable[[int], None]) -> dict[str, Any]:
     ]
     per_layer = len(names) // task.layers
     watch, start, processor_start = Stopwatch(), time.perf_counter(), time.process_time()
-    metrics: Iterator[tuple[str, Hessian]]
+    fits: Iterator[Fit]
+    changes: dict[str, torch.Tensor] = {}  # of the current layer, as they are stored
     errors: dict[str, float] = {}
     payload_bytes: dict[str, int] = {}
     if task.straightforward:
         moments = second_moments(finetuned.folder, samples, task.layers, device)
-        metrics = ((name, Hessian(moments.pop(name))) for name in names)
+        fits = (Fit(name, Hessian(moments.pop(name)), None) for name in names)
     else:
-        metrics = hessians(model, finetuned, samples, set(names), device)
-    for name, hessian in metrics:
+        chosen = set(names)
+        fits = replay(model, base, finetuned, samples, changes.get, chosen, task.compensated, device)
+    for fit in fits:
+        name, hessian = fit.name, fit.hessian
         watch.lap("activations", device)
         dw = finetuned.load(name, torch.float32).to(device)
         dw -= base.load(name).to(device)
+        dw = fit.target(dw)
         watch.lap("load", device)
         limit = budget(task.ratio, *dw.shape)
         if task.straightforward:
@@ -120,9 +128,12 @@ def measure(task: Task, tell: Callable[[int], None]) -> dict[str, Any]:
         else:
             factors, errors[name] = _compress(task.method, dw, hessian, limit, watch)
         spec, payload = encode(factors, {})
-        weight_error(dw.cpu(), decode(spec, payload).dense())
+        decoded = decode(spec, payload).dense()
+        weight_error(dw.cpu(), decoded)
+        if task.compensated:
+            changes[name] = decoded
         payload_bytes[name] = payload.numel()
-        del dw, hessian
+        del dw, hessian, fit, decoded
         trim()
         watch.lap("store", device)
         done, rest = divmod(len(errors), per_layer)
@@ -131,6 +142,8 @@ def measure(task: Task, tell: Callable[[int], None]) -> dict[str, Any]:
             spent = time.perf_counter() - start
             if spent * (done + 1) / done > task.budget_seconds:
                 break
+            for old in [n for n in changes if n not in names[per_layer * (done - 1) :]]:
+                del changes[old]
     return {
         "layers": len(errors) // per_layer,
         "seconds": watch.seconds,
@@ -268,6 +281,7 @@ def main(
             Task(
                 method=name,
                 straightforward=plain,
+                compensated=compensated,
                 folder=out / "pair",
                 layers=count,
                 budget_seconds=math.inf if plain else budget_seconds,
@@ -279,7 +293,11 @@ def main(
                 threads=threads,
             )
             for name in chosen
-            for plain, count in ((False, generated), (True, min(reference_layers, generated)))
+            for plain, compensated, count in (
+                (False, False, generated),
+                (True, False, min(reference_layers, generated)),
+                (False, True, generated if METHODS[name] else 0),
+            )
             if count
         ]
         contenders = measure_all(tasks, SHAPES[shape], generated, console)

@@ -20,12 +20,12 @@ import torch
 from torch import nn
 
 from vllm_prinmix.compress import stream
+from vllm_prinmix.compress.corrections import Corrections, Sums
 from vllm_prinmix.compress.metrics import embedding_hessian, hessians, tied_hessian
 from vllm_prinmix.compress.model import build_model, is_tied, layer_prefix
 from vllm_prinmix.compress.quantization.hessian import Hessian
 from vllm_prinmix.format.checkpoint import EMBEDDING, HEAD, Checkpoint
 
-ROWS = 256  # of a matrix, whose corrections tell how much to trust them all
 # What writes to the residual stream, and the module whose input the stream is before that.
 WRITERS = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
 
@@ -184,12 +184,12 @@ class _Streams:
         """
         residual = WRITERS.get(group[0])
         ours, theirs = (_Inputs(part, group[0], residual) for part in (layer, twin))
-        halves: list[_Sums] = []
+        halves: list[Sums] = []
         for i, (states, drifted) in enumerate(zip(self.hidden, self.drifted, strict=True)):
             whole = ours.run(self.model, states.to(self.device), to_the_end=last)
             if names:
                 theirs.run(self.twin, drifted.to(self.device))
-                halves = halves or [_Sums(theirs.input, theirs.residual) for _ in range(2)]
+                halves = halves or [Sums(theirs.input, theirs.residual) for _ in range(2)]
                 missing = None if residual is None else ours.residual - theirs.residual
                 halves[i % 2].add(ours.input, theirs.input, missing)
             if last:
@@ -201,7 +201,7 @@ class _Streams:
             return []
         modules: dict[str, Any] = {f"{prefix}{name}.weight": layer.get_submodule(name) for name in group}
         weights = [modules[name].weight for name in names]
-        hessian, corrections = _Corrections(halves).finish(weights)
+        hessian, corrections = Corrections(halves).finish(weights)
         return [Fit(name, hessian, c) for name, c in zip(names, corrections, strict=True)]
 
     @torch.no_grad()
@@ -211,12 +211,12 @@ class _Streams:
             stream.final_norm(self.model, self.finetuned, states, self.device)
             for states in (self.hidden, self.drifted)
         )
-        halves: list[_Sums] = []
+        halves: list[Sums] = []
         for i, (x, y) in enumerate(zip(*streams, strict=True)):
-            halves = halves or [_Sums(y[0]) for _ in range(2)]
+            halves = halves or [Sums(y[0]) for _ in range(2)]
             halves[i % 2].add(x[0], y[0])
         weight = self.finetuned.load(HEAD, torch.float32).to(self.device)
-        hessian, (correction,) = _Corrections(halves).finish([weight])
+        hessian, (correction,) = Corrections(halves).finish([weight])
         return Fit(HEAD, hessian, correction)
 
 
@@ -254,77 +254,6 @@ class _Inputs:
 
     def _pass(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         self.residual = args[0].reshape(-1, args[0].shape[-1])
-
-
-class _Sums:
-    """H, D and sum r y^T over some samples: float32 [cols, cols], [cols, cols] and [hidden, cols]."""
-
-    def __init__(self, y: torch.Tensor, residual: torch.Tensor | None = None) -> None:
-        cols, device = y.shape[1], y.device
-        self.moments, self.drift = (torch.zeros(cols, cols, device=device) for _ in range(2))
-        self.residuals = None if residual is None else torch.zeros(residual.shape[1], cols, device=device)
-
-    def add(self, x: torch.Tensor, y: torch.Tensor, r: torch.Tensor | None = None) -> None:
-        """Tokens' inputs in the fine-tuned model and in the compressed one, and what the residual misses."""
-        stream.add_lower(self.moments, y)
-        self.drift.addmm_((x - y).T, y)
-        if self.residuals is not None and r is not None:
-            self.residuals.addmm_(r.T, y)
-
-    def missed(self, weight: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
-        """W D + sum r y^T of those ``rows`` of W [rows, cols]: C (H + damping)."""
-        found = weight[rows] @ self.drift
-        return found if self.residuals is None else found + self.residuals[rows]
-
-    def __iadd__(self, other: _Sums) -> _Sums:
-        self.moments += other.moments
-        self.drift += other.drift
-        if self.residuals is not None and other.residuals is not None:
-            self.residuals += other.residuals
-        return self
-
-
-class _Corrections:
-    """C of the matrices that read one input, as far as one half of the samples bears out what the other says.
-
-    C is a regression, and from few tokens it follows their accidents. What the C of either half explains of
-    the other half tells how much of it can be trusted: it is multiplied by
-
-        strength = sum <M', C> / sum <C H', C>,    M' = W D' + sum r y^T,
-
-    cut to 0 to 1, with the primed from the half that C is not from.
-    """
-
-    def __init__(self, halves: list[_Sums]) -> None:
-        for half in halves:
-            stream.mirror(half.moments)
-        self._halves = halves
-
-    def finish(self, weights: list[torch.Tensor]) -> tuple[Hessian, list[torch.Tensor | None]]:
-        """The metric of all samples, and each matrix's C, None where nothing has drifted. Once only."""
-        whole, other = self._halves
-        strengths = self._strengths(weights)
-        whole += other
-        del other, self._halves
-        hessian = Hessian(whole.moments)
-        return hessian, [
-            None if not strength else hessian.solve(whole.missed(weight)).mul_(strength)
-            for weight, strength in zip(weights, strengths, strict=True)
-        ]
-
-    def _strengths(self, weights: list[torch.Tensor]) -> list[float]:
-        explained, size = [0.0] * len(weights), [0.0] * len(weights)
-        for one, other in (self._halves, self._halves[::-1]):
-            if not one.moments.any() or not other.moments.any():
-                return [0.0] * len(weights)
-            hessian, metric = Hessian(one.moments), Hessian(other.moments)
-            for i, weight in enumerate(weights):
-                rows = torch.linspace(0, len(weight) - 1, min(len(weight), ROWS), device=weight.device).long()
-                found = hessian.solve(one.missed(weight, rows))
-                explained[i] += float((other.missed(weight, rows) * found).sum(dtype=torch.float64))
-                size[i] += float(metric.norm(found).sum())
-            del hessian, metric
-        return [min(max(e / s, 0.0), 1.0) if s else 0.0 for e, s in zip(explained, size, strict=True)]
 
 
 def _run(model: Any, states: torch.Tensor) -> torch.Tensor:

@@ -94,7 +94,14 @@ def test_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     result = run(*options)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "compression.json").read_text())
-    line, plain = found["contenders"]["prinmix"], found["contenders"]["prinmix, straightforward"]
+    names = ["prinmix", "prinmix, straightforward", "prinmix, compensated"]
+    line, plain, compensated = (found["contenders"].pop(name) for name in names)
+    assert not found["contenders"]
+    found = json.loads((tmp_path / "compression.json").read_text())
+    first = "model.layers.0.self_attn.q_proj.weight"
+    assert compensated["errors"][first] == line["errors"][first], "nothing is before it"
+    assert compensated["errors"].keys() == line["errors"].keys()
+    assert compensated["payload_bytes"] == line["payload_bytes"]
     assert (line["layers"], found["layers"]) == (1, 4), "the budget was over after the first"
     assert line["peak_bytes"] > 1e8
     assert set(line["errors"]) == set(plain["errors"])

@@ -1,0 +1,81 @@
+"""How a matrix is corrected for inputs that are not those of the fine-tuned model."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_prinmix.compress import stream
+from vllm_prinmix.compress.quantization.hessian import Hessian
+
+ROWS = 256  # of a matrix, whose corrections tell how much to trust them all
+
+
+class Sums:
+    """H, D and sum r y^T over some samples: float32 [cols, cols], [cols, cols] and [hidden, cols]."""
+
+    def __init__(self, y: torch.Tensor, residual: torch.Tensor | None = None) -> None:
+        cols, device = y.shape[1], y.device
+        self.moments, self.drift = (torch.zeros(cols, cols, device=device) for _ in range(2))
+        self.residuals = None if residual is None else torch.zeros(residual.shape[1], cols, device=device)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, r: torch.Tensor | None = None) -> None:
+        """Tokens' inputs in the fine-tuned model and in the compressed one, and what the residual misses."""
+        stream.add_lower(self.moments, y)
+        self.drift.addmm_((x - y).T, y)
+        if self.residuals is not None and r is not None:
+            self.residuals.addmm_(r.T, y)
+
+    def missed(self, weight: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """W D + sum r y^T of those ``rows`` of W [rows, cols]: C (H + damping)."""
+        found = weight[rows] @ self.drift
+        return found if self.residuals is None else found + self.residuals[rows]
+
+    def __iadd__(self, other: Sums) -> Sums:
+        self.moments += other.moments
+        self.drift += other.drift
+        if self.residuals is not None and other.residuals is not None:
+            self.residuals += other.residuals
+        return self
+
+
+class Corrections:
+    """C of the matrices that read one input, as far as one half of the samples bears out what the other says.
+
+    C is a regression, and from few tokens it follows their accidents. What the C of either half explains of
+    the other half tells how much of it can be trusted: it is multiplied by
+
+        strength = sum <M', C> / sum <C H', C>,    M' = W D' + sum r y^T,
+
+    cut to 0 to 1, with the primed from the half that C is not from.
+    """
+
+    def __init__(self, halves: list[Sums]) -> None:
+        for half in halves:
+            stream.mirror(half.moments)
+        self._halves = halves
+
+    def finish(self, weights: list[torch.Tensor]) -> tuple[Hessian, list[torch.Tensor | None]]:
+        """The metric of all samples, and each matrix's C, None where nothing has drifted. Once only."""
+        whole, other = self._halves
+        strengths = self._strengths(weights)
+        whole += other
+        del other, self._halves
+        hessian = Hessian(whole.moments)
+        return hessian, [
+            None if not strength else hessian.solve(whole.missed(weight)).mul_(strength)
+            for weight, strength in zip(weights, strengths, strict=True)
+        ]
+
+    def _strengths(self, weights: list[torch.Tensor]) -> list[float]:
+        explained, size = [0.0] * len(weights), [0.0] * len(weights)
+        for one, other in (self._halves, self._halves[::-1]):
+            if not one.moments.any() or not other.moments.any():
+                return [0.0] * len(weights)
+            hessian, metric = Hessian(one.moments), Hessian(other.moments)
+            for i, weight in enumerate(weights):
+                rows = torch.linspace(0, len(weight) - 1, min(len(weight), ROWS), device=weight.device).long()
+                found = hessian.solve(one.missed(weight, rows))
+                explained[i] += float((other.missed(weight, rows) * found).sum(dtype=torch.float64))
+                size[i] += float(metric.norm(found).sum())
+            del hessian, metric
+        return [min(max(e / s, 0.0), 1.0) if s else 0.0 for e, s in zip(explained, size, strict=True)]
