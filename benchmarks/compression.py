@@ -9,8 +9,8 @@ straightforward implementation (benchmarks.straightforward) does the first layer
 in a process of its own, one after the other; times are scaled to the whole model. Written to --out:
 compression.json, compression.png, compression.md.
 
-Both take each matrix for itself. That `prinmix` by default fits layers to the compressed ones before them is a
-contender of its own, "compensated", without a straightforward one beside it.
+Both take each matrix for itself. `prinmix` as it is by default, fitting layers to the compressed ones before
+them, is a contender of its own, "compensated", without a straightforward one beside it.
 """
 
 from __future__ import annotations

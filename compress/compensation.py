@@ -12,6 +12,7 @@ sum r y^T added to W D, r the fine-tune's residual less the compressed model's.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from vllm_prinmix.compress.model import build_model, is_tied, layer_prefix
 from vllm_prinmix.compress.quantization.hessian import Hessian
 from vllm_prinmix.format.checkpoint import EMBEDDING, HEAD, Checkpoint
 
+BATCH_TOKENS = 2048  # of samples that are run at once, but for longer ones
 # What writes to the residual stream, and the module whose input the stream is before that.
 WRITERS = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
 
@@ -105,7 +107,10 @@ def replay(
 
 
 class _Streams:
-    """The samples' hidden states between layers: the fine-tune's, and those of the compressed model."""
+    """The samples' hidden states between layers: the fine-tune's, and those of the compressed model.
+
+    Of each batch of samples float32 [samples, tokens, hidden], on the CPU.
+    """
 
     def __init__(
         self,
@@ -118,11 +123,14 @@ class _Streams:
     ) -> None:
         self.model, self.base, self.finetuned, self.device = model, base, finetuned, device
         self.twin = build_model(model.config)  # runs the compressed layers
-        self.hidden = stream.embed(finetuned, samples)
+        batches = list(_batches(samples))
+        self.halves = [half for half, _ in batches]
+        tokens = [ids for _, ids in batches]
+        self.hidden = stream.embed(finetuned, tokens)
         self.drifted = list(self.hidden)
         if embedding is not None:
-            before = stream.embed(base, samples)
-            self.drifted = [h + embedding[s] for h, s in zip(before, samples, strict=True)]
+            before = stream.embed(base, tokens)
+            self.drifted = [states + embedding[ids] for states, ids in zip(before, tokens, strict=True)]
 
     @torch.no_grad()
     def layer(
@@ -170,7 +178,7 @@ class _Streams:
 
         linears = [(name, m) for name, m in layer.named_modules() if isinstance(m, nn.Linear)]
         hooks = [module.register_forward_pre_hook(hook(name)) for name, module in linears]
-        _run(self.model, self.hidden[0][:, :1].to(self.device))
+        _run(self.model, self.hidden[0][:1, :1].to(self.device))
         for each in hooks:
             each.remove()
         return [names for _, names in inputs.values()]
@@ -191,7 +199,7 @@ class _Streams:
                 theirs.run(self.twin, drifted.to(self.device))
                 halves = halves or [Sums(theirs.input, theirs.residual) for _ in range(2)]
                 missing = None if residual is None else ours.residual - theirs.residual
-                halves[i % 2].add(ours.input, theirs.input, missing)
+                halves[self.halves[i]].add(ours.input, theirs.input, missing)
             if last:
                 assert whole is not None
                 self.hidden[i] = whole.cpu()
@@ -212,9 +220,9 @@ class _Streams:
             for states in (self.hidden, self.drifted)
         )
         halves: list[Sums] = []
-        for i, (x, y) in enumerate(zip(*streams, strict=True)):
+        for half, (x, y) in zip(self.halves, zip(*streams, strict=True), strict=True):
             halves = halves or [Sums(y[0]) for _ in range(2)]
-            halves[i % 2].add(x[0], y[0])
+            halves[half].add(x.flatten(0, 1), y.flatten(0, 1))
         weight = self.finetuned.load(HEAD, torch.float32).to(self.device)
         hessian, (correction,) = Corrections(halves).finish([weight])
         return Fit(HEAD, hessian, correction)
@@ -236,7 +244,7 @@ class _Inputs:
             self._hooks.append(layer.get_submodule(residual).register_forward_pre_hook(self._pass))
 
     def run(self, model: Any, states: torch.Tensor, to_the_end: bool = False) -> torch.Tensor | None:
-        """As far as is needed, or through the whole layer: its output [1, tokens, hidden]."""
+        """As far as is needed, or through the whole layer: its output, as ``states``."""
         self._stop = not to_the_end
         try:
             return _run(model, states)
@@ -254,6 +262,20 @@ class _Inputs:
 
     def _pass(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         self.residual = args[0].reshape(-1, args[0].shape[-1])
+
+
+def _batches(samples: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+    """(half, int64 [samples, tokens]): every other sample is of half 0, those of equal length go together.
+
+    Short texts one by one would take most of their time to start.
+    """
+    alike: dict[tuple[int, int], list[torch.Tensor]] = defaultdict(list)
+    for i, sample in enumerate(samples):
+        alike[i % 2, len(sample)].append(sample)
+    for (half, length), group in alike.items():
+        step = max(1, BATCH_TOKENS // max(1, length))
+        for start in range(0, len(group), step):
+            yield half, torch.stack(group[start : start + step])
 
 
 def _run(model: Any, states: torch.Tensor) -> torch.Tensor:

@@ -21,9 +21,9 @@ BLOCK = 512  # columns of X X^T that are computed at once
 
 
 def embed(checkpoint: Checkpoint, samples: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """int64 token ids [tokens] per sample -> float32 hidden states [1, tokens, hidden] per sample."""
+    """int64 token ids [tokens] or [samples, tokens] -> float32 hidden states [samples, tokens, hidden]."""
     table = checkpoint.load(EMBEDDING)
-    return [table[sample].float()[None] for sample in samples]
+    return [table[torch.atleast_2d(ids)].float() for ids in samples]
 
 
 def token_counts(samples: Sequence[torch.Tensor], vocabulary: int) -> torch.Tensor:

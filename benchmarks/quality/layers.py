@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.quality.material import Material
+from benchmarks.quality.material import Material, batches
 from benchmarks.quality.metrics import outliers
 from vllm_prinmix.compress import stream
 from vllm_prinmix.compress.metrics import data_free, hessians
@@ -31,7 +31,7 @@ class Heldout:
     def __init__(self, material: Material) -> None:
         self.material = material
         self.model = build_model(material.model.config)  # the pass that it accompanies has the other
-        self.hidden = stream.embed(material.finetuned, [text.tokens for text in material.texts])
+        self.hidden = stream.embed(material.finetuned, [batch.ids for batch in batches(material.texts)])
         self.next = 0
 
     def layer(self, index: int) -> dict[str, Activations]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,6 +25,7 @@ from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format.checkpoint import Checkpoint
 from vllm_prinmix.format.digest import sample_digest
 
+BATCH_TOKENS = 4096  # of texts that are run at once
 WRITTEN_TOKENS = 512  # of a question, and of an answer, that the fine-tune writes itself
 
 
@@ -46,6 +48,14 @@ class Text:
 
     tokens: torch.Tensor
     answer: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts of one length: ids int64 [texts, tokens]; which predictions count, bool [texts, tokens - 1]."""
+
+    ids: torch.Tensor
+    counts: torch.Tensor
 
 
 class Material:
@@ -208,6 +218,23 @@ class Material:
             sequence_length=self.limits.sequence_length,
             seed=seed,
         ).tokens
+
+
+def batches(texts: list[Text]) -> list[Batch]:
+    """Texts of equal length together, so that none is padded."""
+    alike: dict[int, list[Text]] = defaultdict(list)
+    for text in texts:
+        alike[len(text.tokens)].append(text)
+    found = []
+    for length, group in sorted(alike.items()):
+        step = max(1, BATCH_TOKENS // length)
+        for start in range(0, len(group), step):
+            part = group[start : start + step]
+            counts = torch.zeros(len(part), length - 1, dtype=torch.bool)
+            for row, text in zip(counts, part, strict=True):
+                row[text.answer - 1 :] = True
+            found.append(Batch(torch.stack([text.tokens for text in part]), counts))
+    return found
 
 
 def _sha256(tokens: Sequence[torch.Tensor]) -> str:

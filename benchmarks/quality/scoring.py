@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,20 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.demo.evaluate import exact_match
 from benchmarks.quality.compressing import Run
-from benchmarks.quality.material import Material, Text
+from benchmarks.quality.material import Material, batches
 from benchmarks.quality.metrics import kl_divergence
 from benchmarks.quality.schemes import Reference
 from vllm_prinmix.compress.model import Kind
-
-BATCH_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Texts of one length: ids int64 [texts, tokens]; which predictions count, bool [texts, tokens - 1]."""
-
-    ids: torch.Tensor
-    counts: torch.Tensor
 
 
 class Scorer:
@@ -109,20 +97,3 @@ class Scorer:
         if not material.questions or not material.limits.exact_match:
             return None
         return exact_match(self.model, material.questions, tokenizer=material.tokenizer)
-
-
-def batches(texts: list[Text]) -> list[Batch]:
-    """Texts of equal length together, so that none is padded."""
-    alike: dict[int, list[Text]] = defaultdict(list)
-    for text in texts:
-        alike[len(text.tokens)].append(text)
-    found = []
-    for length, group in sorted(alike.items()):
-        step = max(1, BATCH_TOKENS // length)
-        for start in range(0, len(group), step):
-            part = group[start : start + step]
-            counts = torch.zeros(len(part), length - 1, dtype=torch.bool)
-            for row, text in zip(counts, part, strict=True):
-                row[text.answer - 1 :] = True
-            found.append(Batch(torch.stack([text.tokens for text in part]), counts))
-    return found
