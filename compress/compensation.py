@@ -163,8 +163,9 @@ class _Streams:
                         new = self.base.load(weight, torch.float32) + changed
                         module = twin.get_submodule(name)
                         module.weight = nn.Parameter(new.to(self.device), requires_grad=False)
-            for i, states in enumerate(self.drifted):
-                self.drifted[i] = _run(self.twin, states.to(self.device)).cpu()
+            with stream.calibrating():
+                for i, states in enumerate(self.drifted):
+                    self.drifted[i] = _run(self.twin, states.to(self.device)).cpu()
 
     def _groups(self, layer: nn.Module) -> list[list[str]]:
         """The layer's linears in the order of its forward pass, those with one input together."""
@@ -193,16 +194,17 @@ class _Streams:
         residual = WRITERS.get(group[0])
         ours, theirs = (_Inputs(part, group[0], residual) for part in (layer, twin))
         halves: list[Sums] = []
-        for i, (states, drifted) in enumerate(zip(self.hidden, self.drifted, strict=True)):
-            whole = ours.run(self.model, states.to(self.device), to_the_end=last)
-            if names:
-                theirs.run(self.twin, drifted.to(self.device))
-                halves = halves or [Sums(theirs.input, theirs.residual) for _ in range(2)]
-                missing = None if residual is None else ours.residual - theirs.residual
-                halves[self.halves[i]].add(ours.input, theirs.input, missing)
-            if last:
-                assert whole is not None
-                self.hidden[i] = whole.cpu()
+        with stream.calibrating():
+            for i, (states, drifted) in enumerate(zip(self.hidden, self.drifted, strict=True)):
+                whole = ours.run(self.model, states.to(self.device), to_the_end=last)
+                if names:
+                    theirs.run(self.twin, drifted.to(self.device))
+                    halves = halves or [Sums(theirs.input, theirs.residual) for _ in range(2)]
+                    missing = None if residual is None else ours.residual - theirs.residual
+                    halves[self.halves[i]].add(ours.input, theirs.input, missing)
+                if last:
+                    assert whole is not None
+                    self.hidden[i] = whole.cpu()
         ours.close()
         theirs.close()
         if not names:

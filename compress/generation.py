@@ -28,6 +28,14 @@ MARK = "CONTENT"  # stands for what the user writes
 
 
 @dataclass(frozen=True)
+class Written:
+    """What was written: tokens in all, and texts that did not come to an end by themselves."""
+
+    tokens: int
+    unfinished: int
+
+
+@dataclass(frozen=True)
 class Turns:
     """Token ids around what the user writes: before it, and after it up to the assistant's answer."""
 
@@ -45,8 +53,8 @@ def write_calibration(
     device: str,
     overwrite: bool,
     advance: Callable[[int], None] = lambda count: None,
-) -> int:
-    """Write ``out``, a .jsonl file with ``samples`` texts in the field ``text``; returns their tokens in all.
+) -> Written:
+    """Write ``out``, a .jsonl file with ``samples`` texts in the field ``text``.
 
     ``tokens``: at most, of each part of a text (what the user writes, the answer). ``advance`` hears of
     finished texts. The whole model is in memory in its own dtype. The same arguments on the same machine give
@@ -68,7 +76,7 @@ def write_calibration(
     tokenizer = load_tokenizer(checkpoint, checkpoint)
     writer = Writer(checkpoint, tokenizer, chosen)
     texts: list[str] = []
-    total = 0
+    total = unfinished = 0
     with torch.random.fork_rng(devices=[chosen] if chosen.type == "cuda" else []):
         torch.manual_seed(seed)
         for start in range(0, samples, BATCH):
@@ -76,13 +84,14 @@ def write_calibration(
             for ids in writer.write(count, tokens):
                 texts.append(as_text(tokenizer, ids))
                 total += len(ids)
+                unfinished += ids[-1] not in writer.ends
             advance(count)
     if not any(text.strip() for text in texts):
         raise PrinMixError("the model wrote nothing", where=finetuned, fix="give texts of your own")
     lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
     with disk_errors(out, "nothing was written"):
         write_atomically(out, lines.encode())
-    return total
+    return Written(total, unfinished)
 
 
 class Writer:

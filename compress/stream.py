@@ -34,7 +34,22 @@ def token_counts(samples: Sequence[torch.Tensor], vocabulary: int) -> torch.Tens
     return counts.float()
 
 
-@torch.no_grad()
+@contextmanager
+def calibrating() -> Iterator[None]:
+    """No gradients, and on a GPU products of TF32, many times faster: what weights of 16 bits are run on.
+
+    A metric stays positive semi-definite: both factors of X X^T are rounded alike.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@calibrating()
 def run_layer(
     model: Any,
     checkpoint: Checkpoint,

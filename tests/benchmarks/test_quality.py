@@ -20,7 +20,7 @@ from benchmarks.quality import runner as runner_module
 from benchmarks.quality import tables as tables_module
 from benchmarks.quality.figures import EXACT_MATCH, HELD_OUT, KL, LINEARS, Filled, average, fill
 from benchmarks.quality.layers import Heldout
-from benchmarks.quality.material import Limits, Material
+from benchmarks.quality.material import Limits, Material, batches
 from benchmarks.quality.metrics import kl_divergence, mean_std, outliers, output_errors, third
 from benchmarks.quality.pairs import Pair, read_pairs
 from benchmarks.quality.report import grid, markdown, text_of
@@ -160,11 +160,11 @@ def test_heldout_activations_are_the_models_own(pair: Pair, limits: Limits) -> N
     name = "model.layers.1.mlp.down_proj.weight"
     seen = []
     model.model.layers[1].mlp.down_proj.register_forward_hook(
-        lambda module, args, output: seen.append((args[0][0], output[0]))
+        lambda module, args, output: seen.append((args[0].flatten(0, 1), output.flatten(0, 1)))
     )
     with torch.no_grad():
-        for text in material.texts:
-            model(input_ids=text.tokens[None])
+        for batch in batches(material.texts):
+            model(input_ids=batch.ids)
     torch.testing.assert_close(found[name].inputs, torch.cat([x for x, _ in seen]), rtol=1e-4, atol=1e-5)
     outputs = torch.cat([y for _, y in seen])
     assert outputs[found[name].outliers].abs().min() >= outputs[~found[name].outliers].abs().max() * 0.999

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from tests.compress.pairs import Pair
 from vllm_prinmix.cli import app
 from vllm_prinmix.compress import calibration, generation
-from vllm_prinmix.compress.generation import Turns, Writer, as_text, chat_turns, write_calibration
+from vllm_prinmix.compress.generation import Turns, Writer, Written, as_text, chat_turns, write_calibration
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format.checkpoint import Checkpoint
 
@@ -26,7 +26,7 @@ TEMPLATE = (
 )
 
 
-def write(pair: Pair, out: Path, **changes: Any) -> int:
+def write(pair: Pair, out: Path, **changes: Any) -> Written:
     settings = {"samples": 5, "tokens": 6, "seed": 0, "device": "cpu", "overwrite": False}
     return write_calibration(str(pair.finetuned), out, **(settings | changes))  # type: ignore[arg-type]
 
@@ -89,9 +89,9 @@ def test_texts_have_the_form_that_the_model_knows(
         give_template(pair)
     original = generation.as_text
     monkeypatch.setattr(generation, "as_text", lambda t, ids: original(t, written.append(ids) or ids))
-    total = write(pair, tmp_path / "written.jsonl")
+    found = write(pair, tmp_path / "written.jsonl")
     assert len(written) == len(read(tmp_path / "written.jsonl")) == 5
-    assert sum(map(len, written)) == total
+    assert found == Written(sum(map(len, written)), sum(ids[-1] != 2 for ids in written))
     assert all(ids[0] == 1 for ids in written)
     assert len({tuple(ids) for ids in written}) == 5
     if chat:
@@ -130,6 +130,7 @@ def test_command_then_compress(
     result = CliRunner().invoke(app, [*command, "--tokens", "8", "--device", "cpu"])
     assert result.exit_code == 0, result.output
     assert "4 texts" in result.output
+    assert "of them had not ended after --tokens 8" in result.output
     compress(pair, tmp_path / "delta", calibration=str(out))
     assert (tmp_path / "delta").is_dir()
 

@@ -146,3 +146,20 @@ def test_wide_inputs_are_added_up_in_blocks() -> None:
         moments.end_sample()
     x = torch.cat(samples, dim=1)[0]
     assert torch.allclose(moments.finish()["wide"], x.T @ x, rtol=1e-5, atol=1e-4)
+
+
+def test_other_products_keep_their_precision(make_pair: Callable[..., Pair]) -> None:
+    """TF32 is for the calibration's forward passes alone, also where they fail."""
+    pair, seen = make_pair(), []
+    checkpoint = Checkpoint(pair.finetuned)
+    model = build_model(read_architecture(checkpoint))
+    norm = model.model.layers[0].input_layernorm
+    allowed = torch.backends.cuda.matmul
+    norm.register_forward_pre_hook(lambda *_: seen.append(allowed.allow_tf32))
+    hidden = stream.embed(checkpoint, [torch.arange(5)])
+    stream.run_layer(model, checkpoint, 0, hidden, set(), CPU)
+    norm.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stream.run_layer(model, checkpoint, 0, hidden, set(), CPU)
+    assert seen == [True, True]
+    assert not allowed.allow_tf32

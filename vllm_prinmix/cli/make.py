@@ -172,7 +172,7 @@ def calibration(
     logging.disable_progress_bar()  # its bar would tear ours
     with progress_bar(Console(stderr=True)) as progress:
         task = progress.add_task("Writing", total=samples)
-        total = write_calibration(
+        written = write_calibration(
             finetuned,
             out,
             samples=samples,
@@ -182,4 +182,11 @@ def calibration(
             overwrite=overwrite,
             advance=lambda count: progress.advance(task, count),
         )
-    typer.echo(f"{out}: {samples} texts, {total} tokens. Have a look at them before you rely on them.")
+    typer.echo(
+        f"{out}: {samples} texts, {written.tokens} tokens. Have a look at them before you rely on them."
+    )
+    if written.unfinished:
+        typer.echo(
+            f"{written.unfinished} of them had not ended after --tokens {tokens}: either answers are longer, or "
+            "the model repeats itself, and then texts from elsewhere calibrate better."
+        )
