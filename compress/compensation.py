@@ -61,7 +61,7 @@ def fits(
     [rows, cols], None for what did not change. Metrics are those of the inputs in the compressed model; an
     embedding has the one of `metrics.hessians`, and no correction. ``model`` is on the meta device,
     ``samples`` are int64 token ids [tokens]. Two copies of one layer are in memory at a time, the fine-tune's
-    and the compressed, with two matrices of a metric's size.
+    and the compressed, with about seven matrices of a metric's size.
     """
     left = set(wanted)
     tied = is_tied(model)

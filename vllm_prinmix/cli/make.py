@@ -182,11 +182,9 @@ def calibration(
             overwrite=overwrite,
             advance=lambda count: progress.advance(task, count),
         )
-    typer.echo(
-        f"{out}: {samples} texts, {written.tokens} tokens. Have a look at them before you rely on them."
-    )
+    typer.echo(f"{out}: {samples} texts, {written.tokens} tokens. Look at them before you rely on them.")
     if written.unfinished:
         typer.echo(
-            f"{written.unfinished} of them had not ended after --tokens {tokens}: either answers are longer, or "
-            "the model repeats itself, and then texts from elsewhere calibrate better."
+            f"{written.unfinished} of them had not ended after --tokens {tokens}: answers are longer, or the "
+            "model repeats itself, and then texts from elsewhere calibrate better."
         )
