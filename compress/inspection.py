@@ -107,7 +107,9 @@ def show(description: dict[str, Any], console: Console) -> None:
         )
     console.print(f"base content digest {base['content_digest']}", soft_wrap=True)
     console.print(_table(description["modules"]))
-    inputs = "on the calibration inputs X" if calibration else "with H = X X^T of `--calibration none`"
+    at = ", as the compressed model has them; dW is corrected there for the errors of the layers before"
+    at = at if description["settings"]["compensated"] else ""
+    inputs = f"on the calibration inputs X{at}" if calibration else "with H = X X^T of `--calibration none`"
     console.print(f"error: ||dW X - dW^ X||^2 / ||dW X||^2 {inputs}", highlight=False)
     for name, text in (
         ("linear", "linear layers"),

@@ -154,6 +154,11 @@ def _errors(report: dict[str, Any]) -> str:
     inputs = (
         "the calibration inputs X" if report["delta"]["calibration"] else "inputs X as assumed without data"
     )
+    if report["delta"]["settings"]["compensated"]:
+        inputs += (
+            " as the compressed model has them; dW is corrected there for the errors of the layers before, "
+            "which the errors of weights do not know"
+        )
     text = (
         f"Of outputs: <span class=formula>||dW X − dW^ X||² / ||dW X||²</span> on {inputs}. "
         "Of weights: <span class=formula>||dW − dW^||² / ||dW||²</span>. "
