@@ -109,8 +109,8 @@ fi
 
 # Up to 4 of the 28 layers of a 7B model; without the straightforward implementation, to keep to the time.
 if wanted compression; then
-    part compression 90 "$python" -m benchmarks.compression --device cuda --shape qwen2.5-7b --methods prinmix \
-        --reference-layers 0 --budget-seconds 50 --out "$out/compression"
+    part compression 110 "$python" -m benchmarks.compression --device cuda --shape qwen2.5-7b --methods prinmix \
+        --reference-layers 0 --budget-seconds 25 --out "$out/compression"
 fi
 
 if wanted bench; then
