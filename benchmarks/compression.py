@@ -41,7 +41,7 @@ from benchmarks.kernels import TABLE_WIDTH, machine, pick_device
 from benchmarks.records import write_file
 from benchmarks.straightforward import Straightforward, second_moments, solver
 from vllm_prinmix import __version__
-from vllm_prinmix.compress.compensation import Fit, replay
+from vllm_prinmix.compress.compensation import Fit, alone, replay
 from vllm_prinmix.compress.measure import weight_error
 from vllm_prinmix.compress.memory import trim
 from vllm_prinmix.compress.methods.paper import compress_factors
@@ -110,7 +110,7 @@ def measure(task: Task, tell: Callable[[int], None]) -> dict[str, Any]:
     payload_bytes: dict[str, int] = {}
     if task.straightforward:
         moments = second_moments(finetuned.folder, samples, task.layers, device)
-        fits = (Fit(name, Hessian(moments.pop(name)), None) for name in names)
+        fits = alone((name, Hessian(moments.pop(name))) for name in names)
     else:
         chosen = set(names)
         fits = replay(model, base, finetuned, samples, changes.get, chosen, task.compensated, device)

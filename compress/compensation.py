@@ -7,13 +7,14 @@ near the fine-tune's W x, its change dW is fitted with a correction C: (W + C) y
 
 over the calibration tokens (QEP, Arai & Ichikawa, 2025, arXiv 2504.09629). What o_proj and down_proj write is
 added to the residual stream, where the errors of all layers before are: they make up for these too, with
-sum r y^T added to W D, r the fine-tune's residual less the compressed model's.
+sum r y^T added to W D, r the fine-tune's residual less the compressed model's. A tied embedding is compressed
+last, as lm_head, and what it gets wrong of the first layer's inputs is left out.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from vllm_prinmix.compress import stream
-from vllm_prinmix.compress.corrections import Corrections, Sums
+from vllm_prinmix.compress.corrections import Sums, finish
 from vllm_prinmix.compress.metrics import embedding_hessian, hessians, tied_hessian
 from vllm_prinmix.compress.model import build_model, is_tied, layer_prefix
 from vllm_prinmix.compress.quantization.hessian import Hessian
@@ -39,6 +40,7 @@ class Fit:
     name: str
     hessian: Hessian
     correction: torch.Tensor | None
+    warnings: Sequence[str] = ()  # of the metric
 
     def target(self, dw: torch.Tensor) -> torch.Tensor:
         """What is compressed in dW's place."""
@@ -99,11 +101,18 @@ def replay(
     ``change`` gives dW^ by weight name, as in `fits`.
     """
     if not compensated:
-        for name, hessian in hessians(model, finetuned, samples, names, device, tell):
-            yield Fit(name, hessian, None)
+        yield from alone(hessians(model, finetuned, samples, names, device, tell))
         return
     for group in fits(model, base, finetuned, samples, names, device, change, tell):
-        yield from group
+        while group:
+            yield group.pop(0)
+
+
+def alone(metrics: Iterable[tuple[str, Hessian]]) -> Iterator[Fit]:
+    """Each matrix fitted to its own change; none is kept when the next is asked for."""
+    for name, hessian in metrics:
+        yield Fit(name, hessian, None)
+        del hessian
 
 
 class _Streams:
@@ -127,12 +136,12 @@ class _Streams:
         self.halves = [half for half, _ in batches]
         tokens = [ids for _, ids in batches]
         self.hidden = stream.embed(finetuned, tokens)
-        self.drifted = list(self.hidden)
+        self.drifted = list(self.hidden)  # of a tied embedding: it is compressed last
         if embedding is not None:
-            before = stream.embed(base, tokens)
-            self.drifted = [states + embedding[ids] for states, ids in zip(before, tokens, strict=True)]
+            self.drifted = stream.embed(base, tokens)
+            for states, ids in zip(self.drifted, tokens, strict=True):
+                states += embedding[ids]
 
-    @torch.no_grad()
     def layer(
         self, index: int, left: set[str], change: Callable[[str], torch.Tensor | None]
     ) -> Iterator[list[Fit]]:
@@ -163,10 +172,11 @@ class _Streams:
                         new = self.base.load(weight, torch.float32) + changed
                         module = twin.get_submodule(name)
                         module.weight = nn.Parameter(new.to(self.device), requires_grad=False)
-            with stream.calibrating():
+            with torch.no_grad():
                 for i, states in enumerate(self.drifted):
                     self.drifted[i] = _run(self.twin, states.to(self.device)).cpu()
 
+    @torch.no_grad()
     def _groups(self, layer: nn.Module) -> list[list[str]]:
         """The layer's linears in the order of its forward pass, those with one input together."""
         inputs: dict[int, tuple[torch.Tensor, list[str]]] = {}
@@ -184,6 +194,7 @@ class _Streams:
             each.remove()
         return [names for _, names in inputs.values()]
 
+    @torch.no_grad()
     def _fits(
         self, layer: nn.Module, twin: nn.Module, group: list[str], names: list[str], prefix: str, last: bool
     ) -> list[Fit]:
@@ -194,7 +205,8 @@ class _Streams:
         residual = WRITERS.get(group[0])
         ours, theirs = (_Inputs(part, group[0], residual) for part in (layer, twin))
         halves: list[Sums] = []
-        with stream.calibrating():
+        # Not in TF32: what x and y differ by is small, and its rounding would be multiplied by W.
+        try:
             for i, (states, drifted) in enumerate(zip(self.hidden, self.drifted, strict=True)):
                 whole = ours.run(self.model, states.to(self.device), to_the_end=last)
                 if names:
@@ -205,29 +217,28 @@ class _Streams:
                 if last:
                     assert whole is not None
                     self.hidden[i] = whole.cpu()
-        ours.close()
-        theirs.close()
+        finally:
+            ours.close()
+            theirs.close()
         if not names:
             return []
         modules: dict[str, Any] = {f"{prefix}{name}.weight": layer.get_submodule(name) for name in group}
         weights = [modules[name].weight for name in names]
-        hessian, corrections = Corrections(halves).finish(weights)
-        return [Fit(name, hessian, c) for name, c in zip(names, corrections, strict=True)]
+        hessian, corrections, warned = finish(halves, weights)
+        return [Fit(name, hessian, c, warned) for name, c in zip(names, corrections, strict=True)]
 
     @torch.no_grad()
     def head(self) -> Fit:
         """lm_head's, past the last layer."""
-        streams = (
-            stream.final_norm(self.model, self.finetuned, states, self.device)
-            for states in (self.hidden, self.drifted)
-        )
         halves: list[Sums] = []
-        for half, (x, y) in zip(self.halves, zip(*streams, strict=True), strict=True):
-            halves = halves or [Sums(y[0]) for _ in range(2)]
-            halves[half].add(x.flatten(0, 1), y.flatten(0, 1))
+        with stream.one_norm(self.model, self.finetuned, self.device) as norm:
+            for half, states, drifted in zip(self.halves, self.hidden, self.drifted, strict=True):
+                x, y = (norm(part.to(self.device)).flatten(0, 1) for part in (states, drifted))
+                halves = halves or [Sums(y) for _ in range(2)]
+                halves[half].add(x, y)
         weight = self.finetuned.load(HEAD, torch.float32).to(self.device)
-        hessian, (correction,) = Corrections(halves).finish([weight])
-        return Fit(HEAD, hessian, correction)
+        hessian, (correction,), warned = finish(halves, [weight])
+        return Fit(HEAD, hessian, correction, warned)
 
 
 class _Reached(Exception):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from vllm_prinmix.compress import stream
 from vllm_prinmix.compress.quantization.hessian import Hessian
 
+CHUNK = 8192  # rows that are corrected at once
 ROWS = 256  # of a matrix, whose corrections tell how much to trust them all
 
 
@@ -38,44 +41,57 @@ class Sums:
         return self
 
 
-class Corrections:
-    """C of the matrices that read one input, as far as one half of the samples bears out what the other says.
+def finish(
+    halves: list[Sums], weights: list[torch.Tensor]
+) -> tuple[Hessian, list[torch.Tensor | None], list[str]]:
+    """The metric of all samples, C of each matrix that reads them, and what was warned of.
 
-    C is a regression, and from few tokens it follows their accidents. What the C of either half explains of
-    the other half tells how much of it can be trusted: it is multiplied by
+    ``halves`` are of two halves of the samples, and are used up. C is a regression, and from few tokens it
+    follows their accidents. What the C of either half explains of the other half tells how much of it can be
+    trusted: it is multiplied by
 
         strength = sum <M', C> / sum <C H', C>,    M' = W D' + sum r y^T,
 
-    cut to 0 to 1, with the primed from the half that C is not from.
+    cut to 0 to 1, with the primed from the half that C is not from. None: nothing is to be corrected.
     """
-
-    def __init__(self, halves: list[Sums]) -> None:
-        for half in halves:
-            stream.mirror(half.moments)
-        self._halves = halves
-
-    def finish(self, weights: list[torch.Tensor]) -> tuple[Hessian, list[torch.Tensor | None]]:
-        """The metric of all samples, and each matrix's C, None where nothing has drifted. Once only."""
-        whole, other = self._halves
-        strengths = self._strengths(weights)
-        whole += other
-        del other, self._halves
+    for half in halves:
+        stream.mirror(half.moments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the metric of all samples says the same, or knows better
+        strengths = _strengths(halves, weights)
+    whole, other = halves
+    halves.clear()
+    whole += other
+    del other
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         hessian = Hessian(whole.moments)
-        return hessian, [
-            None if not strength else hessian.solve(whole.missed(weight)).mul_(strength)
+        corrections = [
+            _correction(whole, weight, hessian, strength) if strength else None
             for weight, strength in zip(weights, strengths, strict=True)
         ]
+    return hessian, corrections, [str(warning.message) for warning in caught]
 
-    def _strengths(self, weights: list[torch.Tensor]) -> list[float]:
-        explained, size = [0.0] * len(weights), [0.0] * len(weights)
-        for one, other in (self._halves, self._halves[::-1]):
-            if not one.moments.any() or not other.moments.any():
-                return [0.0] * len(weights)
-            hessian, metric = Hessian(one.moments), Hessian(other.moments)
-            for i, weight in enumerate(weights):
-                rows = torch.linspace(0, len(weight) - 1, min(len(weight), ROWS), device=weight.device).long()
-                found = hessian.solve(one.missed(weight, rows))
-                explained[i] += float((other.missed(weight, rows) * found).sum(dtype=torch.float64))
-                size[i] += float(metric.norm(found).sum())
-            del hessian, metric
-        return [min(max(e / s, 0.0), 1.0) if s else 0.0 for e, s in zip(explained, size, strict=True)]
+
+def _correction(sums: Sums, weight: torch.Tensor, hessian: Hessian, strength: float) -> torch.Tensor:
+    found = torch.empty_like(weight)
+    for start in range(0, len(weight), CHUNK):  # an lm_head's is as large as it, and solving takes copies
+        rows = slice(start, start + CHUNK)
+        found[rows] = hessian.solve(sums.missed(weight, rows)).mul_(strength)
+    return found
+
+
+def _strengths(halves: list[Sums], weights: list[torch.Tensor]) -> list[float]:
+    """One number for each matrix, 0 to 1, from at most ROWS rows of it."""
+    explained, size = [0.0] * len(weights), [0.0] * len(weights)
+    for one, other in (halves, halves[::-1]):
+        if not one.moments.any() or not other.moments.any():
+            return [0.0] * len(weights)
+        hessian, metric = Hessian(one.moments), Hessian(other.moments)
+        for i, weight in enumerate(weights):
+            rows = torch.linspace(0, len(weight) - 1, min(len(weight), ROWS), device=weight.device).long()
+            found = hessian.solve(one.missed(weight, rows))
+            explained[i] += float((other.missed(weight, rows) * found).sum(dtype=torch.float64))
+            size[i] += float(metric.norm(found).sum())
+        del hessian, metric
+    return [min(max(e / s, 0.0), 1.0) if s else 0.0 for e, s in zip(explained, size, strict=True)]

@@ -90,7 +90,8 @@ class Job:
         # What an adapter loses is hardly worth mending, and its few directions would become many.
         default = options.method.compensates and not options.lora
         wanted = default if options.compensate is None else options.compensate
-        return wanted and self.samples is not None
+        # Half of the samples tell what to make of the other half.
+        return wanted and self.samples is not None and len(self.samples.tokens) > 1
 
     def limit(self, name: str) -> int | None:
         """The most bytes of one matrix; None: what the method takes."""
@@ -160,6 +161,13 @@ def prepare(options: Options, console: Console) -> Job:
         base_digest=combine(base, digests[0]),
         finetuned_digest=combine(finetuned, digests[1]),
     )
+    if options.compensate and not job.compensates:
+        raise PrinMixError(
+            "one half of the samples has to bear out what the other says",
+            where="--compensate",
+            found="1 calibration sample",
+            expected="at least 2, better 128",
+        )
     _check_ratios(job)
     _warn_of_few_tokens(job, console)
     return job

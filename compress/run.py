@@ -12,7 +12,7 @@ from rich.console import Console
 
 from vllm_prinmix import __version__
 from vllm_prinmix.compress.allocation.budgets import Curve, share
-from vllm_prinmix.compress.compensation import fits
+from vllm_prinmix.compress.compensation import Fit, alone, fits
 from vllm_prinmix.compress.distillation.finish import distill
 from vllm_prinmix.compress.executor import Executor, Serial, Tasks, on_ray
 from vllm_prinmix.compress.memory import trim
@@ -147,35 +147,32 @@ class _Run:
             job.model, job.base, job.finetuned, samples, wanted, job.device, self._change, self._tell
         )
         for group in groups:
-            matrices = ((fit.name, fit.hessian, fit.correction) for fit in group)
-            yield self._each(matrices, self._advance)
-            del group, matrices  # large, and not needed while the next ones' inputs are computed
+            yield self._each(iter(group), self._advance)
+            del group  # large, and not needed while the next ones' inputs are computed
             trim()
 
     def _tasks(
         self, wanted: set[str], samples: list[torch.Tensor] | None, advance: Callable[[str], None]
     ) -> Tasks:
         """The matrices ``wanted``, as calibration reaches them, each for itself."""
-        metrics = ((name, hessian, None) for name, hessian in self._metrics(wanted, samples))
-        return self._each(metrics, advance)
+        return self._each(alone(self._metrics(wanted, samples)), advance)
 
-    def _each(
-        self,
-        matrices: Iterator[tuple[str, Hessian, torch.Tensor | None]],
-        advance: Callable[[str], None],
-    ) -> Tasks:
-        """The tasks of (name, metric, correction); ``advance`` hears of matrices that are unchanged."""
+    def _each(self, matrices: Iterator[Fit], advance: Callable[[str], None]) -> Tasks:
+        """A task for each matrix that has changed; ``advance`` hears of the others."""
         job = self.job
-        for name, hessian, correction in matrices:
+        for fit in matrices:
+            name = fit.name
+            for text in fit.warnings:
+                self.console.print(f"{name}: {text}", markup=False)
             self._tell(name.removeprefix("model.").removesuffix(".weight"))
             dw = job.finetuned.difference(job.base, name).to(job.device)
             if dw.any():
                 limit = self.limits.get(name, job.limit(name))
                 task = Task(name, job.method(name), limit, is_transposed(job.model, name))
-                yield task, dw, hessian, correction
+                yield task, dw, fit.hessian, fit.correction
             else:
                 advance(name)
-            del dw, hessian, correction  # a layer's last ones would live on while the next layer runs
+            del dw, fit  # a layer's last ones would live on while the next layer runs
             trim()
 
     def _change(self, name: str) -> torch.Tensor | None:

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from vllm_prinmix.compress.account import check_settings, check_tensors
 from vllm_prinmix.compress.calibration import NONE, Samples, draw, load_tokenizer
-from vllm_prinmix.compress.compensation import Fit, replay
+from vllm_prinmix.compress.compensation import Fit, alone, replay
 from vllm_prinmix.compress.lora import open_finetuned
 from vllm_prinmix.compress.measure import activation_error, relative_size, weight_error
 from vllm_prinmix.compress.merge import check_base
@@ -47,7 +47,8 @@ def verify(
 
     Returns one entry per stored tensor: ``name``, ``change`` (||dW^||_F / ||W_base||_F); with a fine-tune
     ``weight_error`` (||dW - dW^||_F^2 / ||dW||_F^2, 0 for an exact tensor); with calibration too ``error``
-    (||dW X - dW^ X||^2 / ||dW X||^2), of a delta made without data always, in the metric that it was made in.
+    (||dW X - dW^ X||^2 / ||dW X||^2, X and dW as they were compressed: see `compensation`), of a delta made
+    without data always, in the metric that it was made in.
     Errors are compared with the recorded ones.
 
     Raises PrinMixError for the first thing that is wrong: a checksum, a digest, a tensor without
@@ -138,7 +139,7 @@ def _check_errors(
     if source == NONE:
         same = recorded is None
         metrics = data_free(model, base, finetuned, wanted, cpu)
-        fits = (Fit(name, hessian, None) for name, hessian in metrics)
+        fits = alone(metrics)
     else:
         samples = draw_again(delta.config, source, finetuned, base, model.config.vocab_size)
         same = recorded is not None and samples.sha256 == recorded.sha256
@@ -158,6 +159,7 @@ def _check_errors(
             assert decoded is not None
             turned = is_transposed(model, name)
             entries[name]["error"] = activation_error(target, decoded, fit.hessian, transposed=turned)
+            del fit, target, decoded
             if same:
                 _compare(delta, name, spec.report.get("error"), entries[name]["error"])
             progress.advance(task)

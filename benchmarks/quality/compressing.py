@@ -16,7 +16,7 @@ from benchmarks.quality.metrics import output_errors
 from benchmarks.quality.settings import Compressor, Setting
 from benchmarks.quality.store import Packed, Work, pack
 from vllm_prinmix.compress.allocation.budgets import Curve, share
-from vllm_prinmix.compress.compensation import Fit, replay
+from vllm_prinmix.compress.compensation import Fit, alone, replay
 from vllm_prinmix.compress.distillation.student import Student
 from vllm_prinmix.compress.distillation.teacher import Teacher
 from vllm_prinmix.compress.distillation.train import train
@@ -61,12 +61,12 @@ def compress(
     """
     samples = material.samples(runs[0].setting, runs[0].seed)
     _share(material, runs, samples, tell)
-    alone = [run for run in runs if run.setting.compensates(run.compressor)]
-    shared = [run for run in runs if run not in alone]
+    fitted = [run for run in runs if run.setting.compensates(run.compressor)]
+    shared = [run for run in runs if run not in fitted]
     if shared:
         metrics = metrics_of(material, samples, set(material.matrices), tell)
-        _pass(material, shared, (Fit(name, hessian, None) for name, hessian in metrics), tell, advance, notes)
-    for run in alone:
+        _pass(material, shared, alone(metrics), tell, advance, notes)
+    for run in fitted:
         _pass(material, [run], _fits(material, run.work, samples, True, tell), tell, advance, notes)
     for run in runs:
         if run.setting.distill and run.failed is None:
@@ -152,11 +152,11 @@ def _distill(material: Material, run: Run, samples: list[torch.Tensor], tell: Ca
     del teacher, student
     untrained, run.work = run.work, Work(run.work.folder.parents[1], run.key | {"scales": "trained"})
     compensated = run.setting.compensates(run.compressor)
-    packs = {name: pack(quantized, transposed=False) for name, quantized in trained.items()}
-    for name, packed in packs.items():
-        run.work.save(name, packed, {})
+    for name in trained:
+        run.work.save(name, pack(trained[name], transposed=False), {})
     for fit, activations in with_activations(material, _fits(material, run.work, samples, compensated, tell)):
-        name, packed, change = fit.name, packs[fit.name], material.change(fit.name)
+        name, packed = fit.name, pack(trained[fit.name], transposed=False)
+        change = material.change(name)
         decoded = packed.dense.to(change.device)
         turned = is_transposed(model, name)
         error = activation_error(fit.target(change), decoded, fit.hessian, transposed=turned)

@@ -89,17 +89,24 @@ def _sweep(
     target = weight.clone()  # w_k + the errors fed back so far
     codes = torch.empty_like(weight)
     error = torch.empty_like(weight)
-    span, work = LEAF, leaf
-    if weight.is_cuda:
-        from vllm_prinmix.compress.quantization import gpu_leaf
-
-        span, work = gpu_leaf.SPAN, gpu_leaf.leaf
+    span, work = _leaves(weight.device)
+    if work is not leaf:
+        factor = factor.contiguous()  # its rows are read one by one; Cholesky's are columns
 
     _visit(
         0, len(weight), span, partial(work, weight, target, error, codes, factor, top), target, error, factor
     )
     missed = target.sub_(codes).square_()
     return codes.to(torch.uint8), (pivots @ missed).double()
+
+
+def _leaves(device: torch.device) -> tuple[int, Callable[..., None]]:
+    """How many columns feed back into each other one by one on a device, and what does it."""
+    if device.type != "cuda":
+        return LEAF, leaf
+    from vllm_prinmix.compress.quantization import gpu_leaf
+
+    return gpu_leaf.SPAN, gpu_leaf.leaf
 
 
 def _visit(

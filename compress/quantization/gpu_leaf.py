@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -62,19 +64,21 @@ def leaf(
     """`gptq.leaf` on a GPU, for at most SPAN columns."""
     size, n = weight.shape
     assert all(part.is_contiguous() for part in (weight, target, error, codes, factor))
-    leaf_kernel[(triton.cdiv(n, ROWS),)](
-        weight,
-        target,
-        error,
-        codes,
-        factor,
-        top,
-        n,
-        size,
-        *top.stride(),
-        start,
-        stop,
-        SPAN=SPAN,
-        ROWS=ROWS,
-        num_warps=1,
-    )
+    # Triton launches on the current device, whatever the tensors are on.
+    with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
+        leaf_kernel[(triton.cdiv(n, ROWS),)](
+            weight,
+            target,
+            error,
+            codes,
+            factor,
+            top,
+            n,
+            size,
+            *top.stride(),
+            start,
+            stop,
+            SPAN=SPAN,
+            ROWS=ROWS,
+            num_warps=1,
+        )

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 
+from vllm_prinmix.compress.quantization.threads import one_thread_if_small
 from vllm_prinmix.errors import PrinMixError
 
 # What GPTQ adds to H's diagonal, as a fraction of the mean diagonal, so that it can be factorised.
@@ -98,7 +99,9 @@ class Hessian:
         """
         diagonal = self.matrix.diagonal()
         order = torch.argsort(diagonal, stable=True)
-        lower = damped_cholesky(self.matrix[order][:, order], self.damping)
+        # Bit for bit the same wherever it is computed first, whatever is compressed with it.
+        with one_thread_if_small(self.size):
+            lower = damped_cholesky(self.matrix[order][:, order], self.damping)
         roots = lower.diagonal().clone()
         return order, lower.div_(roots), roots**2
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.compress.pairs import VOCABULARY, Pair
+from tests.compress.test_resume import contents, interrupt
 from vllm_prinmix.compress.compensation import Fit, fits
 from vllm_prinmix.compress.inspection import describe
 from vllm_prinmix.compress.merge import merge
@@ -249,6 +250,47 @@ def test_errors_are_measured_again_as_they_were(
     measured = {entry["name"]: entry["error"] for entry in entries if "error" in entry}
     assert HEAD in measured
     assert measured == pytest.approx({name: recorded[name] for name in measured}, rel=1e-2)
+
+
+@pytest.mark.parametrize("after", [8, 11, 14])
+def test_resumed_in_the_middle_of_a_group(
+    make_pair: Callable[..., Pair],
+    compress: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    after: int,
+) -> None:
+    pair = make_pair()
+    settings = {"method": PrinMix(alternations=0, clipping=False), "ratio": Fraction(1, 16)}
+    compress(pair, tmp_path / "whole", **settings)
+    interrupt(monkeypatch, after)
+    with pytest.raises(KeyboardInterrupt):
+        compress(pair, tmp_path / "parts", **settings)
+    compress(pair, tmp_path / "parts", **settings)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_scales_are_trained_on_top(
+    make_pair: Callable[..., Pair], compress: Callable[..., str], tmp_path: Path, console: Any
+) -> None:
+    pair = make_pair()
+    method = PrinMix(alternations=0, clipping=False)
+    compress(pair, tmp_path / "delta", method=method, ratio=Fraction(1, 16), distill=3)
+    settings = describe(tmp_path / "delta")
+    assert settings["settings"]["compensated"]
+    assert settings["distillation"]["steps"] == 3
+    verify(tmp_path / "delta", str(pair.base), str(pair.finetuned), str(pair.calibration), console)
+
+
+def test_one_sample_has_no_halves(
+    make_pair: Callable[..., Pair], compress: Callable[..., str], tmp_path: Path
+) -> None:
+    pair = make_pair()
+    settings = {"method": PrinMix(alternations=0, clipping=False), "samples": 1, "ratio": Fraction(1, 8)}
+    compress(pair, tmp_path / "delta", **settings)
+    assert not describe(tmp_path / "delta")["settings"]["compensated"]
+    with pytest.raises(PrinMixError, match="1 calibration sample"):
+        compress(pair, tmp_path / "other", compensate=True, **settings)
 
 
 @pytest.mark.parametrize(

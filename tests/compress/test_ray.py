@@ -68,6 +68,9 @@ def test_same_bytes_as_the_serial_run(
     # The embedding's and lm_head's; of each layer those of q/k/v, o, gate/up and down.
     layer = [(128, 128)] * 3 + [(192, 192)]
     assert shared == [(160,), *layer, *layer, (128, 128)]
+    compress(pair, tmp_path / "serial-fitted", compensate=True)
+    compress(pair, tmp_path / "fitted", compensate=True, ray=True)
+    assert contents(tmp_path / "fitted") == contents(tmp_path / "serial-fitted")
     main = "from vllm_prinmix.cli import main; main()"
     arguments = [*compress_arguments(pair, tmp_path / "command"), "--bits", "0,2,3,4,8", "--ray"]
     address = ray.get_runtime_context().gcs_address
