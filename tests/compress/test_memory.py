@@ -36,7 +36,8 @@ def one_direction(self, dw, hessian, budget_bytes):
     return QuantizedFactors(codes(cols), codes(rows), bits, bits, torch.full((1,), 1e-3), zero, zero), {}
 Paper.compress = one_direction
 root = Path(sys.argv[1])
-compress(options(Pair(root / "base", root / "tuned", root / "calibration.txt"), root / "delta"), Console())
+pair = Pair(root / "base", root / "tuned", root / "calibration.txt")
+compress(options(pair, root / "delta", compensate=sys.argv[2] == "True"), Console())
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
 
@@ -77,11 +78,11 @@ def write_pair(root: Path, layers: int) -> None:
 
 @pytest.fixture
 def peak_kib(tmp_path: Path):
-    def measure(layers: int) -> int:
+    def measure(layers: int, compensate: bool) -> int:
         root = tmp_path / str(layers)
         write_pair(root, layers)
         done = subprocess.run(
-            [sys.executable, "-c", CHILD, str(root)],
+            [sys.executable, "-c", CHILD, str(root), str(compensate)],
             cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
@@ -93,10 +94,11 @@ def peak_kib(tmp_path: Path):
     return measure
 
 
-def test_twelve_layers_take_hardly_more_memory_than_four(peak_kib) -> None:
-    four, twelve = peak_kib(4), peak_kib(12)
-    print(f"peak memory: 4 layers {four} KiB, 12 layers {twelve} KiB, ratio {twelve / four:.3f}")
-    assert twelve <= 1.2 * four
+@pytest.mark.parametrize(("compensate", "layers"), [(False, 4), (True, 2)])
+def test_three_times_the_layers_take_hardly_more_memory(peak_kib, compensate: bool, layers: int) -> None:
+    few, many = (peak_kib(count, compensate) for count in (layers, 3 * layers))
+    print(f"peak memory: {layers} layers {few} KiB, {3 * layers} layers {many} KiB, ratio {many / few:.3f}")
+    assert many <= 1.2 * few
 
 
 TALL = """
