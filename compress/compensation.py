@@ -204,6 +204,8 @@ class _Streams:
         """
         residual = WRITERS.get(group[0])
         ours, theirs = (_Inputs(part, group[0], residual) for part in (layer, twin))
+        modules: dict[str, Any] = {f"{prefix}{name}.weight": layer.get_submodule(name) for name in group}
+        weights = [modules[name].weight for name in names]
         halves: list[Sums] = []
         # Not in TF32: what x and y differ by is small, and its rounding would be multiplied by W.
         try:
@@ -211,7 +213,8 @@ class _Streams:
                 whole = ours.run(self.model, states.to(self.device), to_the_end=last)
                 if names:
                     theirs.run(self.twin, drifted.to(self.device))
-                    halves = halves or [Sums(theirs.input, theirs.residual) for _ in range(2)]
+                    adds = None if residual is None else weights[0]
+                    halves = halves or [Sums(theirs.input, adds) for _ in range(2)]
                     missing = None if residual is None else ours.residual - theirs.residual
                     halves[self.halves[i]].add(ours.input, theirs.input, missing)
                 if last:
@@ -222,8 +225,6 @@ class _Streams:
             theirs.close()
         if not names:
             return []
-        modules: dict[str, Any] = {f"{prefix}{name}.weight": layer.get_submodule(name) for name in group}
-        weights = [modules[name].weight for name in names]
         hessian, corrections, warned = finish(halves, weights)
         return [Fit(name, hessian, c, warned) for name, c in zip(names, corrections, strict=True)]
 

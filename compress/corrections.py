@@ -14,30 +14,35 @@ ROWS = 256  # of a matrix, whose corrections tell how much to trust them all
 
 
 class Sums:
-    """H, D and sum r y^T over some samples: float32 [cols, cols], [cols, cols] and [hidden, cols]."""
+    """H = sum y y^T over some samples, float32 [cols, cols], and what C (H + damping) is made of.
 
-    def __init__(self, y: torch.Tensor, residual: torch.Tensor | None = None) -> None:
-        cols, device = y.shape[1], y.device
-        self.moments, self.drift = (torch.zeros(cols, cols, device=device) for _ in range(2))
-        self.residuals = None if residual is None else torch.zeros(residual.shape[1], cols, device=device)
+    That is M = W D of each matrix W [rows, cols] that reads y, D = sum (x - y) y^T: D itself is kept, float32
+    [cols, cols], for the matrices that share an input. Of one that adds to the residual stream (``adds``)
+    M = sum (W (x - y) + r) y^T is kept, float32 [rows, cols]: down_proj has few rows and many columns.
+    """
+
+    def __init__(self, y: torch.Tensor, adds: torch.Tensor | None = None) -> None:
+        cols = y.shape[1]
+        self.moments = torch.zeros(cols, cols, device=y.device)
+        self.adds = adds
+        self.drift = torch.zeros(cols if adds is None else len(adds), cols, device=y.device)
 
     def add(self, x: torch.Tensor, y: torch.Tensor, r: torch.Tensor | None = None) -> None:
         """Tokens' inputs in the fine-tuned model and in the compressed one, and what the residual misses."""
         stream.add_lower(self.moments, y)
-        self.drift.addmm_((x - y).T, y)
-        if self.residuals is not None and r is not None:
-            self.residuals.addmm_(r.T, y)
+        missed = x - y
+        if self.adds is not None:
+            assert r is not None
+            missed = torch.addmm(r, missed, self.adds.T)
+        self.drift.addmm_(missed.T, y)
 
     def missed(self, weight: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
-        """W D + sum r y^T of those ``rows`` of W [rows, cols]: C (H + damping)."""
-        found = weight[rows] @ self.drift
-        return found if self.residuals is None else found + self.residuals[rows]
+        """Those ``rows`` of M of W [rows, cols]."""
+        return weight[rows] @ self.drift if self.adds is None else self.drift[rows]
 
     def __iadd__(self, other: Sums) -> Sums:
         self.moments += other.moments
         self.drift += other.drift
-        if self.residuals is not None and other.residuals is not None:
-            self.residuals += other.residuals
         return self
 
 
@@ -50,7 +55,7 @@ def finish(
     follows their accidents. What the C of either half explains of the other half tells how much of it can be
     trusted: it is multiplied by
 
-        strength = sum <M', C> / sum <C H', C>,    M' = W D' + sum r y^T,
+        strength = sum <M', C> / sum <C H', C>,
 
     cut to 0 to 1, with the primed from the half that C is not from. None: nothing is to be corrected.
     """
