@@ -64,7 +64,8 @@ def compress(
     fitted = [run for run in runs if run.setting.compensates(run.compressor)]
     shared = [run for run in runs if run not in fitted]
     if shared:
-        metrics = metrics_of(material, samples, set(material.matrices), tell)
+        repeats = max(run.compressor.repeats for run in shared)
+        metrics = metrics_of(material, samples, set(material.matrices), tell, repeats)
         _pass(material, shared, alone(metrics), tell, advance, notes)
     for run in fitted:
         _pass(material, [run], _fits(material, run.work, samples, True, tell), tell, advance, notes)

@@ -77,12 +77,16 @@ def _keep(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., None]
 
 
 def metrics_of(
-    material: Material, samples: list[torch.Tensor], wanted: set[str], tell: Callable[[str], None]
+    material: Material,
+    samples: list[torch.Tensor],
+    wanted: set[str],
+    tell: Callable[[str], None],
+    repeats: int = 0,
 ) -> Iterator[tuple[str, Hessian]]:
-    """(name, metric of its inputs) of all ``wanted`` matrices; without samples all inputs weigh alike."""
+    """(name, metric of its inputs) of all ``wanted`` matrices: `hessians`, without samples `data_free`."""
     device = material.limits.device
     if samples:
-        yield from hessians(material.model, material.finetuned, samples, wanted, device, tell)
+        yield from hessians(material.model, material.finetuned, samples, wanted, device, tell, repeats)
     else:
         yield from data_free(material.model, material.base, material.finetuned, wanted, device)
 

@@ -41,6 +41,7 @@ class Reference:
 
     name: str
     has_own_size: ClassVar[bool] = True
+    repeats: ClassVar[int] = 0
 
     @property
     def takes_exact(self) -> bool:
@@ -74,6 +75,7 @@ class RowWise:
 
     name: ClassVar[str] = "prinmix-paper, U by rows"
     has_own_size: ClassVar[bool] = False
+    repeats: ClassVar[int] = 0
     paper: Paper = field(default_factory=lambda: Paper(solver="exact"))
 
     def compress(

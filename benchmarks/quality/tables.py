@@ -67,7 +67,12 @@ class Choice:
 
 
 def main(choice: Choice, pair: Pair) -> Table:
-    rows = [*_references(2), *(_row(choice, method) for method in choice.methods)]
+    rows = _references(2)
+    for method in choice.methods:
+        rows.append(_row(choice, method))
+        if method == BEST_BASELINE:
+            quirk = setting(method, choice.ratio, delta_come_quirk=True)
+            rows.append(Row((f"{method}, its program's calibration", as_text(choice.ratio)), quirk))
     return Table("2", "Every method", ("method", "α"), rows)
 
 

@@ -18,7 +18,7 @@ from benchmarks.demo.tasks import Question, write_questions
 from benchmarks.quality import __main__ as program
 from benchmarks.quality import runner as runner_module
 from benchmarks.quality import tables as tables_module
-from benchmarks.quality.figures import EXACT_MATCH, HELD_OUT, KL, LINEARS, Filled, average, fill
+from benchmarks.quality.figures import CALIBRATION, EXACT_MATCH, HELD_OUT, KL, LINEARS, Filled, average, fill
 from benchmarks.quality.layers import Heldout
 from benchmarks.quality.material import Limits, Material, batches
 from benchmarks.quality.metrics import kl_divergence, mean_std, outliers, output_errors, third
@@ -244,6 +244,17 @@ def test_references_and_methods_are_where_they_should_be(filled: dict[str, list[
     assert lines["prinmix"][HELD_OUT].mean < lines["prinmix-paper"][HELD_OUT].mean < 100
     assert all(lines[m][LINEARS].mean >= 4 for m in CHOICE.methods)
     assert EXACT_MATCH in lines["base"]
+
+
+def test_delta_come_is_there_with_its_programs_calibration_too(
+    pair: Pair, limits: Limits, tmp_path: Path
+) -> None:
+    table = TABLES["2"](replace(CHOICE, methods=("delta-come",)), pair)
+    results = measure(pair, settings_of([table]), [0], limits, tmp_path, Console(quiet=True))
+    (filled,) = fill(table, results, pair.name)
+    plain, quirk = (line.figures for line in filled.lines if "delta-come" in line.labels[0])
+    assert quirk[LINEARS] == plain[LINEARS]
+    assert quirk[CALIBRATION].mean > plain[CALIBRATION].mean
 
 
 def test_thirds_average_the_modules(filled: dict[str, list[Filled]]) -> None:
