@@ -63,7 +63,7 @@ def fits(
     [rows, cols], None for what did not change. Metrics are those of the inputs in the compressed model; an
     embedding has the one of `metrics.hessians`, and no correction. ``model`` is on the meta device,
     ``samples`` are int64 token ids [tokens]. Two copies of one layer are in memory at a time, the fine-tune's
-    and the compressed, with about seven matrices of a metric's size.
+    and the compressed, with about five matrices of the size of the largest metric.
     """
     left = set(wanted)
     tied = is_tied(model)
@@ -206,6 +206,7 @@ class _Streams:
         ours, theirs = (_Inputs(part, group[0], residual) for part in (layer, twin))
         modules: dict[str, Any] = {f"{prefix}{name}.weight": layer.get_submodule(name) for name in group}
         weights = [modules[name].weight for name in names]
+        writer = weights[0] if residual and weights else None
         halves: list[Sums] = []
         # Not in TF32: what x and y differ by is small, and its rounding would be multiplied by W.
         try:
@@ -213,8 +214,7 @@ class _Streams:
                 whole = ours.run(self.model, states.to(self.device), to_the_end=last)
                 if names:
                     theirs.run(self.twin, drifted.to(self.device))
-                    adds = None if residual is None else weights[0]
-                    halves = halves or [Sums(theirs.input, adds) for _ in range(2)]
+                    halves = halves or [Sums(theirs.input, writer) for _ in range(2)]
                     missing = None if residual is None else ours.residual - theirs.residual
                     halves[self.halves[i]].add(ours.input, theirs.input, missing)
                 if last:

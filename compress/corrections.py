@@ -16,33 +16,38 @@ ROWS = 256  # of a matrix, whose corrections tell how much to trust them all
 class Sums:
     """H = sum y y^T over some samples, float32 [cols, cols], and what C (H + damping) is made of.
 
-    That is M = W D of each matrix W [rows, cols] that reads y, D = sum (x - y) y^T: D itself is kept, float32
-    [cols, cols], for the matrices that share an input. Of one that adds to the residual stream (``adds``)
-    M = sum (W (x - y) + r) y^T is kept, float32 [rows, cols]: down_proj has few rows and many columns.
+    That is M = W D of each matrix W [rows, cols] that reads y, D = sum (x - y) y^T. Of a ``writer``, a W that
+    adds to the residual stream and is alone in reading y, M = sum (W (x - y) + r) y^T itself is summed up,
+    float32 [rows, cols]: down_proj has few rows and many columns. Of all others D, float32 [cols, cols],
+    which they may share.
     """
 
-    def __init__(self, y: torch.Tensor, adds: torch.Tensor | None = None) -> None:
+    def __init__(self, y: torch.Tensor, writer: torch.Tensor | None = None) -> None:
         cols = y.shape[1]
         self.moments = torch.zeros(cols, cols, device=y.device)
-        self.adds = adds
-        self.drift = torch.zeros(cols if adds is None else len(adds), cols, device=y.device)
+        self.writer = writer
+        self.cross = torch.zeros(cols if writer is None else len(writer), cols, device=y.device)
 
     def add(self, x: torch.Tensor, y: torch.Tensor, r: torch.Tensor | None = None) -> None:
-        """Tokens' inputs in the fine-tuned model and in the compressed one, and what the residual misses."""
+        """Tokens' inputs in the fine-tuned model and in the compressed one; of a writer what is missing of
+        the residual stream that it adds to, [tokens, rows]."""
         stream.add_lower(self.moments, y)
-        missed = x - y
-        if self.adds is not None:
-            assert r is not None
-            missed = torch.addmm(r, missed, self.adds.T)
-        self.drift.addmm_(missed.T, y)
+        missing = x - y
+        if self.writer is not None:
+            assert r is not None, "a writer makes up for the residual stream too"
+            missing = torch.addmm(r, missing, self.writer.T)
+        self.cross.addmm_(missing.T, y)
 
-    def missed(self, weight: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+    def target(self, weight: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """Those ``rows`` of M of W [rows, cols]."""
-        return weight[rows] @ self.drift if self.adds is None else self.drift[rows]
+        if self.writer is None:
+            return weight[rows] @ self.cross
+        assert weight is self.writer
+        return self.cross[rows]
 
     def __iadd__(self, other: Sums) -> Sums:
         self.moments += other.moments
-        self.drift += other.drift
+        self.cross += other.cross
         return self
 
 
@@ -57,17 +62,18 @@ def finish(
 
         strength = sum <M', C> / sum <C H', C>,
 
-    cut to 0 to 1, with the primed from the half that C is not from. None: nothing is to be corrected.
+    M of `Sums`, cut to 0 to 1, with the primed from the half that C is not from. None: nothing is to be
+    corrected.
     """
-    for half in halves:
-        stream.mirror(half.moments)
+    whole, other = halves
+    for half in (whole.moments, other.moments):
+        stream.mirror(half)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the metric of all samples says the same, or knows better
         strengths = _strengths(halves, weights)
-    whole, other = halves
     halves.clear()
     whole += other
-    del other
+    del other, half  # large, and not needed for the rest
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         hessian = Hessian(whole.moments)
@@ -82,7 +88,7 @@ def _correction(sums: Sums, weight: torch.Tensor, hessian: Hessian, strength: fl
     found = torch.empty_like(weight)
     for start in range(0, len(weight), CHUNK):  # an lm_head's is as large as it, and solving takes copies
         rows = slice(start, start + CHUNK)
-        found[rows] = hessian.solve(sums.missed(weight, rows)).mul_(strength)
+        found[rows] = hessian.solve(sums.target(weight, rows)).mul_(strength)
     return found
 
 
@@ -95,8 +101,8 @@ def _strengths(halves: list[Sums], weights: list[torch.Tensor]) -> list[float]:
         hessian, metric = Hessian(one.moments), Hessian(other.moments)
         for i, weight in enumerate(weights):
             rows = torch.linspace(0, len(weight) - 1, min(len(weight), ROWS), device=weight.device).long()
-            found = hessian.solve(one.missed(weight, rows))
-            explained[i] += float((other.missed(weight, rows) * found).sum(dtype=torch.float64))
+            found = hessian.solve(one.target(weight, rows))
+            explained[i] += float((other.target(weight, rows) * found).sum(dtype=torch.float64))
             size[i] += float(metric.norm(found).sum())
         del hessian, metric
     return [min(max(e / s, 0.0), 1.0) if s else 0.0 for e, s in zip(explained, size, strict=True)]

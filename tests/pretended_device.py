@@ -1,8 +1,9 @@
 """A device that is not there, for tests of code that will run on a GPU: memory apart from the CPU's.
 
 Importing this makes the torch device ``pretended``. Its tensors hold tensors of the CPU, which do the work.
-An operation that mixes them with the CPU's raises, as it would on a GPU: but for scalars, for indices, and
-for copies from one to the other. For a process of its own: torch cannot forget a device.
+An operation that mixes them with the CPU's raises, as it would on a GPU, but for copies, for indices of a
+tensor of the device, and for scalars (on a GPU only where an operation goes by elements). A random generator
+of the CPU is not noticed either. For a process of its own: torch cannot forget a device.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ DEVICE = torch.device(NAME, 0)
 CPU = torch.device("cpu")
 aten = torch.ops.aten
 CROSSES = {aten._to_copy.default, aten.copy_.default}
+INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 # Made on the CPU and copied: torch makes them in steps that a device in Python does not see.
 FACTORIES = ("arange", "eye", "linspace", "randint", "tensor")
 
@@ -61,17 +63,23 @@ class Pretended(torch.Tensor):
         return _run(function, args, kwargs or {})
 
 
+def _unwrap(value: Any) -> Any:
+    return value.inner if isinstance(value, Pretended) else value
+
+
 def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     ours = [t for t in tensors if isinstance(t, Pretended)]
+    if function in INDEXED and isinstance(args[0], Pretended):
+        tensors = [t for t in tree_leaves((args[0], args[2:])) if isinstance(t, torch.Tensor)]
     theirs = [tuple(t.shape) for t in tensors if not isinstance(t, Pretended) and t.dim()]
-    if ours and theirs and function not in CROSSES and "index" not in str(function):
+    if ours and theirs and function not in CROSSES:
         raise MixedDevices(f"{function}: {[tuple(t.shape) for t in ours]} with {theirs} of the CPU")
     given = kwargs.get("device")
     here = bool(ours) if given is None else torch.device(given).type == NAME
-    if given is not None:
+    if given is not None and here:
         kwargs = kwargs | {"device": CPU}
-    inner_args, inner_kwargs = tree_map(lambda t: t.inner if isinstance(t, Pretended) else t, (args, kwargs))  # type: ignore[no-any-return]
+    inner_args, inner_kwargs = tree_map(_unwrap, (args, kwargs))
     result = function(*inner_args, **inner_kwargs)
     if function is aten.copy_.default:
         return args[0]

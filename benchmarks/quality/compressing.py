@@ -63,10 +63,10 @@ def compress(
     _share(material, runs, samples, tell)
     fitted = [run for run in runs if run.setting.compensates(run.compressor)]
     shared = [run for run in runs if run not in fitted]
-    if shared:
-        repeats = max(run.compressor.repeats for run in shared)
+    for repeats in sorted({run.compressor.repeats for run in shared}):
         metrics = metrics_of(material, samples, set(material.matrices), tell, repeats)
-        _pass(material, shared, alone(metrics), tell, advance, notes)
+        alike = [run for run in shared if run.compressor.repeats == repeats]
+        _pass(material, alike, alone(metrics), tell, advance, notes)
     for run in fitted:
         _pass(material, [run], _fits(material, run.work, samples, True, tell), tell, advance, notes)
     for run in runs:

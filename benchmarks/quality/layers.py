@@ -83,7 +83,10 @@ def metrics_of(
     tell: Callable[[str], None],
     repeats: int = 0,
 ) -> Iterator[tuple[str, Hessian]]:
-    """(name, metric of its inputs) of all ``wanted`` matrices: `hessians`, without samples `data_free`."""
+    """(name, metric of its inputs) of all ``wanted`` matrices: `hessians`, without samples `data_free`.
+
+    ``repeats`` as of `hessians`; without samples there are none.
+    """
     device = material.limits.device
     if samples:
         yield from hessians(material.model, material.finetuned, samples, wanted, device, tell, repeats)

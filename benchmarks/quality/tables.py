@@ -11,6 +11,7 @@ from benchmarks.quality.pairs import Pair
 from benchmarks.quality.schemes import RowWise
 from benchmarks.quality.settings import NONE, OTHER, OWN, WRITTEN, Setting, references, setting
 from vllm_prinmix.compress.methods import registry
+from vllm_prinmix.compress.methods.delta_come import DeltaCome
 from vllm_prinmix.compress.ratio import as_text
 
 OURS, PAPER, BEST_BASELINE = "prinmix", "prinmix-paper", "delta-come"
@@ -70,7 +71,7 @@ def main(choice: Choice, pair: Pair) -> Table:
     rows = _references(2)
     for method in choice.methods:
         rows.append(_row(choice, method))
-        if method == BEST_BASELINE:
+        if method == DeltaCome.name:
             quirk = setting(method, choice.ratio, delta_come_quirk=True)
             rows.append(Row((f"{method}, its program's calibration", as_text(choice.ratio)), quirk))
     return Table("2", "Every method", ("method", "α"), rows)

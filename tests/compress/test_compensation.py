@@ -13,7 +13,9 @@ import torch
 
 from tests.compress.pairs import VOCABULARY, Pair
 from tests.compress.test_resume import contents, interrupt
+from vllm_prinmix.compress import corrections
 from vllm_prinmix.compress.compensation import Fit, fits
+from vllm_prinmix.compress.corrections import Sums
 from vllm_prinmix.compress.inspection import describe
 from vllm_prinmix.compress.merge import merge
 from vllm_prinmix.compress.methods.delta_come import DeltaCome
@@ -108,7 +110,10 @@ def solve(metric: torch.Tensor, missed: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_formulas_on_whole_models(make_pair: Callable[..., Pair], case: str) -> None:
+def test_equals_the_formulas_on_whole_models(
+    make_pair: Callable[..., Pair], case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corrections, "CHUNK", 50)
     models, samples = Models(make_pair(**CASES[case])), some_samples()
     left, wanted = set(models.matrices), set(models.matrices)
     if models.tied:
@@ -137,6 +142,19 @@ def test_equals_the_formulas_on_whole_models(make_pair: Callable[..., Pair], cas
     ends = [[{"embed_tokens"}], [{"lm_head"}]] if not models.tied else [[], []]
     found_order = [{fit.name.removesuffix(".weight").rpartition(".")[2] for fit in group} for group in order]
     assert found_order == [*ends[0], *per_layer, *per_layer, *ends[1]]
+
+
+@pytest.mark.parametrize("writer", [False, True])
+def test_some_rows_of_what_is_missed(writer: bool) -> None:
+    random = torch.Generator().manual_seed(0)
+    weight, r = (torch.randn(6, n, generator=random) for n in (4, 9))
+    x, y = torch.randn(2, 9, 4, generator=random)
+    sums = Sums(y, weight if writer else None)
+    for part in (slice(0, 5), slice(5, 9)):
+        sums.add(x[part], y[part], r.T[part] if writer else None)
+    expected = weight @ (x - y).T @ y + (r @ y if writer else 0)
+    for rows in (torch.tensor([4, 1]), slice(2, 4), slice(None)):
+        assert torch.allclose(sums.target(weight, rows), expected[rows], atol=1e-5)
 
 
 def test_a_tied_embedding_comes_last_as_without(make_pair: Callable[..., Pair]) -> None:

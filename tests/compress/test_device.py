@@ -1,6 +1,7 @@
 """Compressing on a device other than the CPU: nothing of one is mixed with the other.
 
-In processes of their own, see `tests.pretended_device`.
+In processes of their own, see `tests.pretended_device`. What is for CUDA alone (`gpu_leaf`, TF32) is not run,
+nor are layers run again in the backward pass of `--distill`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tests import pretended_device
 from transformers import PreTrainedModel
 from vllm_prinmix.cli import app
 torch.set_num_threads(1)
-# A backward pass within another, which the engine does not do for a device in Python.
+# A backward pass that runs a layer again ends the process, for a device in Python.
 PreTrainedModel.gradient_checkpointing_enable = lambda *args, **kwargs: None
 for arguments in json.load(sys.stdin):
     print(*arguments, flush=True)
@@ -56,11 +57,12 @@ def test_compressing_is_as_good_as_on_the_cpu(make_pair: Callable[..., Pair], tm
             commands.append(["compress", *inputs, *out, *options])
     run(commands)
     for case in CASES:
+        # Products are summed in another order; what is left of lm_head's is a hundred thousandth.
         there, here = (
             {module["name"]: module["report"]["error"] for module in describe(folder)["modules"]}
             for folder in (tmp_path / f"{case}-pretended", tmp_path / f"{case}-cpu")
         )
-        assert there == pytest.approx(here, rel=0.3), case
+        assert there == pytest.approx(here, rel=0.05, abs=2e-5), case
 
 
 def test_a_model_writes_its_calibration_there(make_pair: Callable[..., Pair], tmp_path: Path) -> None:
@@ -70,10 +72,35 @@ def test_a_model_writes_its_calibration_there(make_pair: Callable[..., Pair], tm
     assert len(out.read_text().splitlines()) == 3
 
 
+MIXED = {
+    "there + here": "aten.add.Tensor",
+    "there @ here": "aten.mm.default",
+    "here[index]": "aten.index.Tensor",
+    "there.index_select(0, index.cpu())": "aten.index_select.default",
+    "there.index_put((index,), here)": "aten.index_put",
+    "torch.cat([there, here])": "aten.cat.default",
+}
+ALLOWED = ["there[index.cpu()]", "there + torch.tensor(2.0)", "there.copy_(here)", "there.cpu() + here"]
+CHECK = """
+import torch
+from tests import pretended_device
+here = torch.ones(2, 2)
+there = torch.ones(2, 2, device="pretended")
+index = torch.tensor([1, 0], device="pretended")
+assert there.to("meta").is_meta
+for text in ALLOWED:
+    eval(text)
+for text, operation in MIXED.items():
+    try:
+        eval(text)
+    except pretended_device.MixedDevices as error:
+        assert str(error).startswith(operation), error
+    else:
+        raise AssertionError(text)
+"""
+
+
 def test_mixed_devices_are_found() -> None:
-    program = (
-        "import torch; from tests import pretended_device; torch.ones(2, device='pretended') + torch.ones(2)"
-    )
+    program = f"MIXED, ALLOWED = {MIXED}, {ALLOWED}" + CHECK
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert result.returncode
-    assert "MixedDevices: aten.add.Tensor: [(2,)] with [(2,)] of the CPU" in result.stderr
+    assert result.returncode == 0, result.stderr
