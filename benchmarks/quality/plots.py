@@ -72,10 +72,15 @@ def _over_ratio(axis: Axes, filled: Filled, column: str) -> None:
     for number, method in enumerate(names_of(filled.lines)):
         lines = [line for line in filled.lines if line.labels[0] == method and column in line.figures]
         points = sorted((1 / line.figures[LINEARS].mean, line.figures[column]) for line in lines)
+        means, deviations = [f.mean for _, f in points], [f.std or 0.0 for _, f in points]
+        # On a logarithmic axis a bar down to 0 would have no end.
+        down = [
+            min(d, 0.9 * m) if column != EXACT_MATCH else d for m, d in zip(means, deviations, strict=True)
+        ]
         axis.errorbar(
             [x for x, _ in points],
-            [f.mean for _, f in points],
-            [f.std or 0.0 for _, f in points],
+            means,
+            [down, deviations],
             marker="o",
             markersize=4,
             color=f"C{number}",
@@ -83,6 +88,7 @@ def _over_ratio(axis: Axes, filled: Filled, column: str) -> None:
             capsize=2,
         )
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda share, position: f"1/{1 / share:.0f}")
     axis.set_xlabel("bytes of the linears, as a share", fontsize=8)
     if column != EXACT_MATCH:
         _logarithmic(axis, [1.0], "y")
