@@ -28,7 +28,9 @@ def normal_equations(
     """dW H V^^T S, float32 [rows, directions], and H_U (Eq. 6): U~ of Eq. 7 solves U~ H_U = dW H V^^T S."""
     projected = hessian.times(sv).T
     metric = sv @ projected
-    return dw @ projected, (metric + metric.T) / 2
+    metric = (metric + metric.T) / 2
+    metric.diagonal().clamp_(min=0)  # rounding can leave what is zero just below it
+    return dw @ projected, metric
 
 
 def corrected(
@@ -40,7 +42,7 @@ def corrected(
     instead of to zero, so it is never worse than U on the calibration data, and it carries over better to
     other data. ``damping`` is a fraction of each diagonal entry, whatever its singular value.
     """
-    diagonal = metric.diagonal().clamp(min=0)  # rounding can leave what is zero just below it
+    diagonal = metric.diagonal()
     # The floor leaves directions without weight on the calibration data (zero diagonal) as they are.
     floor = torch.finfo(torch.float32).eps * diagonal.max()
     lower = damped_cholesky(metric.clone(), damping * diagonal.clamp(min=floor))

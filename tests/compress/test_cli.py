@@ -129,6 +129,16 @@ def test_report(make_pair: Callable[..., Pair], prinmix: Run, tmp_path: Path) ->
     code, out, _ = prinmix("report", delta, "--html", html, *terms)
     assert code == 0
     assert "Scaling and difference" in html.read_text()
+    description = (delta / "prinmix_config.json").read_text()
+    for path, expected in (
+        (delta / "prinmix_config.json", "ends in .html"),
+        (tmp_path / "not there" / "report.html", "No such file or directory; to fix: mend that"),
+    ):
+        code, _, err = prinmix("report", delta, "--html", path)
+        assert code == 1
+        assert expected in err
+        assert str(path) in err
+    assert (delta / "prinmix_config.json").read_text() == description
     code, _, err = prinmix("report", delta, "--base", pair.base, "--calibration", "none")
     assert code == 1
     assert "Eq. 5's terms need the two models and data [report]; found: no --finetuned" in err

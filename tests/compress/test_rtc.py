@@ -7,7 +7,7 @@ from tests.compress.layers import Layer, make_layer, relative_error
 from vllm_prinmix.compress.quantization.gptq import gptq
 from vllm_prinmix.compress.quantization.grid import dequantize, minmax_grid
 from vllm_prinmix.compress.quantization.hessian import Hessian
-from vllm_prinmix.compress.quantization.rtc import correct_target
+from vllm_prinmix.compress.quantization.rtc import correct_target, normal_equations
 from vllm_prinmix.compress.quantization.svd import thin_svd
 
 
@@ -60,3 +60,14 @@ def test_a_direction_without_weight_on_the_calibration_data_stays() -> None:
     corrected, _ = correct_target(layer.dw, u[:, :2], sv, Hessian(layer.calibration))
     assert torch.equal(corrected[:, 1], u[:, 1])
     assert not torch.equal(corrected[:, 0], u[:, 0])
+
+
+def test_rounding_leaves_no_negative_diagonal() -> None:
+    """Directions that see nothing of inputs that are all alike."""
+    x = torch.rand(60, generator=torch.Generator().manual_seed(0)) + 0.5
+    hessian = Hessian(torch.outer(x, x))
+    sv = torch.randn(200, 60, generator=torch.Generator().manual_seed(1))
+    sv -= torch.outer(sv @ x, x) / (x @ x)
+    assert (sv @ hessian.times(sv).T).diagonal().min() < 0
+    _, metric = normal_equations(torch.ones(3, 60), sv, hessian)
+    assert metric.diagonal().min() == 0

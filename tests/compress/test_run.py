@@ -302,3 +302,13 @@ def test_too_few_tokens_are_said(
     assert text in compress(pair, tmp_path / "shared", **few)
     assert text not in compress(pair, tmp_path / "module", budget="module", **few)
     assert text not in compress(pair, tmp_path / "more", **(few | {"samples": 8}))
+
+
+@pytest.mark.parametrize("text", ["a", "a\n" * 20], ids=["one token", "the same again"])
+def test_calibration_may_say_the_same_over_and_over(
+    make_pair: Callable[..., Pair], compress: Callable[..., str], tmp_path: Path, text: str
+) -> None:
+    pair = make_pair()
+    pair.calibration.write_text(text)
+    compress(pair, tmp_path / "delta")
+    assert all(0 <= m["report"]["error"] < 0.1 for m in describe(tmp_path / "delta")["modules"])

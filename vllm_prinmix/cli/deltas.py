@@ -87,6 +87,12 @@ def report(
     """Show what a delta spends its bytes on: bits by layer and type, errors, singular values."""
     from vllm_prinmix.compress import report as module_
 
+    if html is not None and html.suffix not in (".html", ".htm"):
+        raise PrinMixError(
+            "a page is written over what is there, so its name has to say that it is one",
+            where=f"--html {html}",
+            expected="a name that ends in .html",
+        )
     console = Console(stderr=True)
     collected = module_.collect(delta, console)
     given = {"--base": base, "--finetuned": finetuned or from_lora, "--calibration": calibration}
@@ -104,7 +110,9 @@ def report(
     if html is None:
         module_.show(collected, Console())
         return
+    from vllm_prinmix.compress.partial import disk_errors
     from vllm_prinmix.compress.report_page import page
 
-    html.write_text(page(collected), encoding="utf-8")
+    with disk_errors(html, "nothing was written"):
+        html.write_text(page(collected), encoding="utf-8")
     typer.echo(f"{html}: written")
