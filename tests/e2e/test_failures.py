@@ -39,7 +39,7 @@ def running(family: Family, logs: Path, tmp_path_factory: pytest.TempPathFactory
     for i, name in enumerate(names):
         shutil.copytree(family.tenants[i % len(family.tenants)].delta, deltas / name)
     (deltas / "bad-from-the-start" / WEIGHTS_FILE).write_bytes(b"")
-    environment = plugins.install(slow_loads.__file__, root / "plugin")
+    environment = plugins.install(root / "plugin", slow_loads.__name__)
     environment[slow_loads.VARIABLE] = f"cold-:{LOAD_SECONDS}"
     arguments = (
         "--enable-prinmix",

@@ -1,9 +1,15 @@
-"""The Triton kernels in the real server: arena, slots and batches as on a GPU, kernels interpreted."""
+"""The way that deltas go on a GPU, in the real server on the CPU, with both of vLLM's model runners.
+
+Arena, slots and batches in front of interpreted Triton kernels; vLLM's defaults for a GPU: torch.compile by
+pieces with inductor, CUDA graphs of the pieces and of whole decoding steps (pretended ones, which launch
+again what was captured), asynchronous scheduling.
+"""
 
 from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -15,9 +21,9 @@ from rich.console import Console
 from benchmarks.demo.train import train_small_pair
 from benchmarks.greedy import load_reference
 from benchmarks.server import SMALL_MACHINE_ARGUMENTS, VllmServer
-from tests.e2e import plugins, triton_on_cpu
+from tests.e2e import gpu_on_cpu, plugins
 from tests.e2e.checks import assert_equal_to_reference
-from tests.e2e.client import complete_together
+from tests.e2e.client import complete, complete_together
 from tests.e2e.conftest import FLOAT32, ROOT
 from vllm_prinmix.compress.merge import merge
 from vllm_prinmix.compress.methods.gptq import Gptq
@@ -28,7 +34,13 @@ from vllm_prinmix.compress.run import compress
 
 # Interpreting takes seconds where a GPU takes microseconds: small models, three tenants of one fine-tune.
 METHODS = {"joint": PrinMix(), "published": Paper(solver="exact"), "matrix": Gptq(bits=(2,))}
-PROMPT, TOKENS = 24, 2  # tokens; more than 16 rows of a tenant are prefill to the kernels
+PROMPT, TOKENS = 24, 3  # tokens; more than 16 rows of a tenant are prefill to the kernels
+ROWS = 72  # in a batch, so that prompts are cut
+CAPTURED = [1, 2, 4, 48]  # rows; larger batches run without a graph
+COMPILATION = {
+    "cudagraph_capture_sizes": CAPTURED,
+    "pass_config": {"fuse_norm_quant": False, "fuse_act_quant": False},  # not in vLLM's build for the CPU
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,29 +72,39 @@ def merged(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return found
 
 
-@pytest.fixture(scope="module")
-def interpreted(
-    models: Path, merged: dict[str, Path], logs: Path, tmp_path_factory: pytest.TempPathFactory
+@pytest.fixture(scope="module", params=["V1", "V2"])
+def as_on_a_gpu(
+    request: pytest.FixtureRequest,
+    models: Path,
+    merged: dict[str, Path],
+    logs: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[VllmServer]:
     """Fewer slots than tenants, so that a slot changes hands; batches for both of the kernels' shapes."""
-    plugin = plugins.install(triton_on_cpu.__file__, tmp_path_factory.mktemp("plugin"))
+    name = gpu_on_cpu.__name__
+    plugin = plugins.install(tmp_path_factory.mktemp("plugin"), f"{name}.plugin", triton_backend=name)
     deltas = next(iter(merged.values())).parent / "deltas"
-    arguments = ("--enable-prinmix", "--deltas", str(deltas), "--max-deltas", "2", *SMALL_MACHINE_ARGUMENTS)
-    environment = {**plugin, "TRITON_INTERPRET": "1"}
-    with VllmServer(
-        models / "base",
-        *arguments,
+    arguments = (
+        *("--enable-prinmix", "--deltas", str(deltas), "--max-deltas", "2"),
+        *("--max-num-batched-tokens", str(ROWS), "--async-scheduling"),
+        *("--compilation-config", json.dumps(COMPILATION)),
+        # Warm-up runs kernels of vLLM's that Triton's interpreter cannot.
+        *("--kernel-config", json.dumps({"enable_jit_warmup": False})),
+        *SMALL_MACHINE_ARGUMENTS,
         *FLOAT32,
-        "--max-num-batched-tokens",
-        "72",
-        log=logs / "triton.log",
-        environment=environment,
-    ) as server:
+    )
+    environment = {
+        **plugin,
+        "TRITON_INTERPRET": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(request.param == "V2")),
+    }
+    log = logs / f"gpu-on-cpu-{request.param}.log"
+    with VllmServer(models / "base", *arguments, log=log, environment=environment) as server:
         yield server
 
 
 def test_equal_to_the_merged_checkpoints(
-    interpreted: VllmServer, models: Path, merged: dict[str, Path]
+    as_on_a_gpu: VllmServer, models: Path, merged: dict[str, Path]
 ) -> None:
     """All tenants and the base in flight at once, with log-probs of prompt tokens (the head's other path)."""
     from transformers import AutoTokenizer
@@ -90,9 +112,21 @@ def test_equal_to_the_merged_checkpoints(
     tokenizer = AutoTokenizer.from_pretrained(models / "base")
     prompt = tokenizer.encode(inspect.getsource(json.decoder), add_special_tokens=False)[:PROMPT]
     checkpoints = {"base": models / "base", **merged}
-    replies = complete_together(interpreted.url, [(name, prompt) for name in checkpoints], tokens=TOKENS)
+    replies = complete_together(as_on_a_gpu.url, [(name, prompt) for name in checkpoints], tokens=TOKENS)
     for checkpoint, reply in zip(checkpoints.values(), replies, strict=True):
         model: torch.nn.Module = load_reference(checkpoint)
         assert_equal_to_reference(model, [prompt], [reply])
     assert len({tuple(reply.logprobs) for reply in replies}) == len(replies), "two tenants answer alike"
-    assert "slots of" in interpreted.log.read_text(), "these were not the Triton kernels"
+    log = as_on_a_gpu.log.read_text()
+    assert "slots of" in log, "these were not the Triton kernels"
+    assert "PrinMixAsyncScheduler" in log
+    assert re.search(r"replay of a graph with [1-9]\d* launches of PrinMix", log), "no graph had deltas"
+
+
+def test_the_base_launches_nothing(as_on_a_gpu: VllmServer) -> None:
+    """A batch of the base alone replays graphs that were captured without deltas."""
+    before = len(as_on_a_gpu.log.read_text())
+    complete(as_on_a_gpu.url, "base", [5] * PROMPT, tokens=TOKENS)
+    launches = re.findall(r"replay of a graph with (\d+) launches", as_on_a_gpu.log.read_text()[before:])
+    assert launches
+    assert set(launches) == {"0"}

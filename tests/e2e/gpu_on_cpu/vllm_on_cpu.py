@@ -1,0 +1,100 @@
+"""Changes to vLLM: its CPU worker compiles, schedules and captures graphs as its GPU worker does."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+# What the CPU's platform takes out of the configuration.
+KEPT = {
+    "compilation_config": (
+        "mode",
+        "backend",
+        "cudagraph_mode",
+        "cudagraph_capture_sizes",
+        "max_cudagraph_capture_size",
+    ),
+    "scheduler_config": ("async_scheduling",),
+}
+
+
+def install() -> None:
+    """Patch this process's vLLM."""
+    _platform()
+    _worker()
+    _attention()
+    _leave_out()
+
+
+def _platform() -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config.__func__
+
+    def keep(cls: Any, vllm_config: Any) -> None:
+        kept = [(getattr(vllm_config, config), name) for config, names in KEPT.items() for name in names]
+        before = [getattr(config, name) for config, name in kept]
+        check(cls, vllm_config)
+        for (config, name), value in zip(kept, before, strict=True):
+            setattr(config, name, value)
+
+    wrapper = "vllm.compilation.cuda_graph.CUDAGraphWrapper"
+    CpuPlatform.check_and_update_config = classmethod(keep)
+    CpuPlatform.support_static_graph_mode = classmethod(lambda cls: True)
+    CpuPlatform.get_static_graph_wrapper_cls = classmethod(lambda cls: wrapper)
+    CpuPlatform.graph_pool_handle = classmethod(lambda cls: (0, 0))
+
+
+def _worker() -> None:
+    from vllm.utils import torch_utils
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker
+    from vllm.v1.worker.workspace import init_workspace_manager
+
+    def warm_up(self: CPUWorker) -> Any:
+        init_workspace_manager(self.device)
+        return Worker.compile_or_warm_up_model(self)
+
+    CPUWorker.compile_or_warm_up_model = warm_up
+    torch_utils.weak_ref_tensor = lambda tensor: tensor
+
+
+def _attention() -> None:
+    """A GPU's attention reads the batch from memory that stays in place; the CPU's, from the forward context.
+
+    So a whole captured graph is replayed within a context with the metadata that was built last.
+    """
+    from vllm.forward_context import set_forward_context
+    from vllm.v1.attention.backend import AttentionCGSupport
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
+    from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+
+    latest: dict[str, Any] = {}
+    build, run_fullgraph = CPUAttentionMetadataBuilder.build, ModelCudaGraphManager.run_fullgraph
+
+    @functools.wraps(build)
+    def build_and_note(self: Any, *args: Any, **kwargs: Any) -> Any:
+        metadata = build(self, *args, **kwargs)
+        latest.update(dict.fromkeys(self.layer_names, metadata))
+        return metadata
+
+    @functools.wraps(run_fullgraph)
+    def run_with_context(self: Any, desc: Any) -> Any:
+        slots = {name: metadata.slot_mapping for name, metadata in latest.items()}
+        with set_forward_context(latest, self.vllm_config, num_tokens=desc.num_tokens, slot_mapping=slots):
+            return run_fullgraph(self, desc)
+
+    CPUAttentionMetadataBuilder._cudagraph_support = AttentionCGSupport.ALWAYS
+    CPUAttentionMetadataBuilder.build = build_and_note
+    ModelCudaGraphManager.run_fullgraph = run_with_context
+
+
+def _leave_out() -> None:
+    """What needs a GPU, or more than Triton's interpreter, and has nothing to do with deltas."""
+    from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+    from vllm.v1.sample.ops import topk_topp_sampler
+    from vllm.v1.worker import gpu_worker
+
+    topk_topp_sampler.HAS_TRITON = False
+    FixFunctionalizationPass.__call__ = lambda *args: None
+    gpu_worker.kernel_warmup = lambda worker: None
