@@ -72,7 +72,7 @@ def merged(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return found
 
 
-@pytest.fixture(scope="module", params=["V1", "V2"])
+@pytest.fixture(scope="module", params=["V1", "V2", "V2 on two ranks"])
 def as_on_a_gpu(
     request: pytest.FixtureRequest,
     models: Path,
@@ -93,12 +93,16 @@ def as_on_a_gpu(
         *SMALL_MACHINE_ARGUMENTS,
         *FLOAT32,
     )
+    runner, _, ranks = request.param.partition(" on ")
     environment = {
         **plugin,
         "TRITON_INTERPRET": "1",
-        "VLLM_USE_V2_MODEL_RUNNER": str(int(request.param == "V2")),
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "V2")),
     }
-    log = logs / f"gpu-on-cpu-{request.param}.log"
+    if ranks:
+        arguments = (*arguments, "--tensor-parallel-size", "2")
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    log = logs / f"gpu-on-cpu-{request.param.replace(' ', '-')}.log"
     with VllmServer(models / "base", *arguments, log=log, environment=environment) as server:
         yield server
 
@@ -130,3 +134,13 @@ def test_the_base_launches_nothing(as_on_a_gpu: VllmServer) -> None:
     launches = re.findall(r"replay of a graph with (\d+) launches", as_on_a_gpu.log.read_text()[before:])
     assert launches
     assert set(launches) == {"0"}
+
+
+def test_nothing_is_compiled_for_requests(as_on_a_gpu: VllmServer) -> None:
+    """Warm-up launches every kernel for every kind of argument: compiling would hold up the other requests.
+
+    After the tests above, whose requests came after the start.
+    """
+    start, requests = as_on_a_gpu.log.read_text().split("Application startup complete", 1)
+    assert "first launch of" in start
+    assert "first launch of" not in requests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ def register() -> None:
     assert triton.knobs.runtime.interpret, "start the process with TRITON_INTERPRET=1"
     _prinmix()
     _torch()
+    _triton()
     vllm_on_cpu.install()
 
 
@@ -67,3 +69,32 @@ def _torch() -> None:
         return lambda: pretended_graphs.recorded(result())
 
     CppPythonBindingsCodeCache.load_pybinding_async = classmethod(load_recorded)  # type: ignore[assignment]
+
+
+def _triton() -> None:
+    """Log when a kernel of PrinMix's would be compiled: arguments of a kind that it was not launched with."""
+    from triton.runtime.interpreter import GridExecutor
+
+    from vllm_prinmix.compat import resolve
+
+    launch, seen = GridExecutor.__call__, set()
+    logger = resolve("init_logger")("vllm.prinmix")
+
+    @functools.wraps(launch)
+    def launch_and_log(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        kind = (self.fn.__name__, *map(_kind, args), *((name, kwargs[name]) for name in sorted(kwargs)))
+        if self.fn.__module__.startswith("vllm_prinmix") and kind not in seen:
+            seen.add(kind)
+            logger.info("first launch of %s", kind)
+        launch(self, *args, **kwargs)
+
+    GridExecutor.__call__ = launch_and_log
+
+
+def _kind(argument: Any) -> Any:
+    """What Triton compiles anew for: dtypes, whether pointers and numbers are multiples of 16, and ones."""
+    if hasattr(argument, "data_ptr"):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return "1" if argument == 1 else (argument % 16 == 0, abs(argument) >= 1 << 31)
+    return type(argument)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 # What the CPU's platform takes out of the configuration.
@@ -46,16 +47,24 @@ def _platform() -> None:
 
 
 def _worker() -> None:
+    from vllm.distributed.parallel_state import GroupCoordinator
     from vllm.utils import torch_utils
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.gpu_worker import Worker
     from vllm.v1.worker.workspace import init_workspace_manager
 
-    def warm_up(self: CPUWorker) -> Any:
-        init_workspace_manager(self.device)
-        return Worker.compile_or_warm_up_model(self)
+    determine = CPUWorker.determine_available_memory
 
-    CPUWorker.compile_or_warm_up_model = warm_up
+    def determine_available_memory(self: CPUWorker) -> int:
+        """With a first capture, by which a GPU's worker finds out what graphs need."""
+        init_workspace_manager(self.device)
+        found = determine(self)
+        self.model_runner.profile_cudagraph_memory()
+        return found
+
+    CPUWorker.compile_or_warm_up_model = Worker.compile_or_warm_up_model
+    CPUWorker.determine_available_memory = determine_available_memory
+    GroupCoordinator.graph_capture = lambda self, context: nullcontext(context)
     torch_utils.weak_ref_tensor = lambda tensor: tensor
 
 
