@@ -8,6 +8,8 @@
 #   SHAPE=qwen2.5-7b  COUNT=32   the base that is served, and how many deltas
 #   LIMIT=470       seconds for all together
 #   PARTS="kernels compression bench serve"  what to do
+#   FLAGS=          more flags of the servers; empty: vLLM's own defaults, torch.compile included, which starts slowly
+#                   (unset: CUDA graphs of decoding steps without torch.compile, else --enforce-eager)
 #   PYTHON=python3  SITE=$OUT/site (default a temporary folder)
 #
 # A part that fails does not stop the others; the exit code is 1 where one did. $OUT/parts.txt lists them.
@@ -127,7 +129,8 @@ if wanted serve; then
     else
         say "generate: passed"
         part serving 300 "$python" -m benchmarks.gpu_serving --base "$scratch/generated/base" \
-            --deltas "$scratch/generated/deltas" --out "$out" --seconds "$(($(left) - 20))"
+            --deltas "$scratch/generated/deltas" --out "$out" --seconds "$(($(left) - 20))" \
+            ${FLAGS+"--flags=$FLAGS"}
     fi
 fi
 
