@@ -58,11 +58,19 @@ class SlotImage:
     def nbytes(self) -> int:
         return self.tables_start + packing.align(8 * self.tables.at_zero.size)
 
-    def write(self, into: torch.Tensor) -> None:
-        """Copy the tensors; ``into`` is uint8 [`nbytes`]. The tables depend on the slot and come later."""
+    def write(self, pieces: Sequence[torch.Tensor]) -> None:
+        """Copy the tensors. The tables depend on the slot and come later.
+
+        pieces: uint8, together [`tables_start`]; all of one size, but for the last.
+        """
         for tensor, start in self.tensors:
             raw = tensor.contiguous().view(-1).view(torch.uint8)
-            into[start : start + raw.numel()] = raw
+            done = 0
+            while done < raw.numel():
+                number, at = divmod(start + done, pieces[0].numel())
+                count = min(raw.numel() - done, pieces[number].numel() - at)
+                pieces[number][at : at + count] = raw[done : done + count]
+                done += count
 
 
 def lay_out(delta: TenantDelta, sites: Sequence[Site]) -> SlotImage:

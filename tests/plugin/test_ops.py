@@ -35,9 +35,10 @@ def serve(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         tenants = max(len(deltas) for _, deltas in sites)
         backend: Backend
         if request.param == "triton":
-            from vllm_prinmix.triton_backend import TritonBackend
+            from vllm_prinmix import triton_backend
 
-            backend = TritonBackend(tenants, 32, dtype, torch.device("cpu"))
+            monkeypatch.setattr(triton_backend, "PIECE", 1000)  # a delta here has several
+            backend = triton_backend.TritonBackend(tenants, 32, dtype, torch.device("cpu"))
         else:
             backend = CpuBackend(tenants)
         for site, _ in sites:

@@ -50,6 +50,18 @@ def test_a_tied_head_and_its_embedding_are_stored_once() -> None:
     assert untied.nbytes - tied.nbytes >= embedding.nbytes
 
 
+def test_written_in_pieces_as_in_one() -> None:
+    image = lay_out(tenant(tied=False), SITES)
+    whole = torch.zeros(image.tables_start, dtype=torch.uint8)
+    image.write([whole])
+    for tensor, start in image.tensors:
+        raw = tensor.contiguous().view(-1).view(torch.uint8)
+        assert torch.equal(whole[start : start + raw.numel()], raw)
+    pieces = list(torch.zeros(image.tables_start, dtype=torch.uint8).split(1000))
+    image.write(pieces)
+    assert torch.equal(torch.cat(pieces), whole)
+
+
 def test_tables_move_with_the_slot() -> None:
     """Laid out anew behind a dummy tensor, a table has the positions that `Relative.at` gives."""
     image = lay_out(tenant(tied=False), SITES)
