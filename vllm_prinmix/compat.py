@@ -91,14 +91,15 @@ API_SERVER_ONLY = {"OpenAIServingModels", "BaseServing", "AsyncLLM", "Generation
 @cache
 def resolve(name: str) -> Any:
     """The object of that name. Raises PrinMixError where this vLLM has none."""
-    internal = INTERNALS[name]
+    internal, reasons = INTERNALS[name], []
     for place in internal.places:
         module, _, path = place.partition(":")
         try:
             found: Any = importlib.import_module(module)
             for part in filter(None, path.split(".")):
                 found = getattr(found, part)
-        except (ImportError, AttributeError):
+        except (ImportError, AttributeError) as error:
+            reasons.append(f"{place}: {error}")  # vLLM has no such thing, or lacks a package itself
             continue
         lacking = [a for a in internal.attributes if not hasattr(found, a)]
         if internal.parameters:
@@ -107,7 +108,7 @@ def resolve(name: str) -> Any:
         if not lacking:
             return found
         raise _unsupported(f"{place} has no {', '.join(lacking)}")
-    raise _unsupported(f"{' or '.join(internal.places)} does not exist")
+    raise _unsupported("; ".join(reasons))
 
 
 def check(skip: set[str] = API_SERVER_ONLY) -> None:

@@ -19,7 +19,7 @@ def test_the_installed_vllm_has_every_hook() -> None:
 @pytest.mark.parametrize(
     ("internal", "detail"),
     [
-        (Internal(("vllm.nowhere:Thing",)), "vllm.nowhere:Thing does not exist"),
+        (Internal(("vllm.nowhere:Thing",)), "vllm.nowhere:Thing: No module named .vllm.nowhere."),
         (Internal(("vllm.lora.request:LoRARequest",), attributes=("colour",)), "LoRARequest has no colour"),
         (Internal(("vllm.plugins:load_general_plugins",), parameters=("speed",)), "has no speed"),
     ],
