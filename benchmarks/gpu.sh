@@ -128,8 +128,9 @@ if wanted serve; then
         say "generate: FAILED: exit code $rc (log: $out/generate.log)"
     else
         say "generate: passed"
-        part serving 300 "$python" -m benchmarks.gpu_serving --base "$scratch/generated/base" \
-            --deltas "$scratch/generated/deltas" --out "$out" --seconds "$(($(left) - 20))" \
+        most=$(($(left) < 400 ? $(left) : 400))
+        part serving "$most" "$python" -m benchmarks.gpu_serving --base "$scratch/generated/base" \
+            --deltas "$scratch/generated/deltas" --out "$out" --seconds "$((most - 20))" \
             ${FLAGS+"--flags=$FLAGS"}
     fi
 fi

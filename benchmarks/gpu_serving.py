@@ -166,6 +166,10 @@ def main(
         raise typer.Exit(1)
     result: dict[str, Any] = {"max_deltas": max_deltas, "tenants": len(tenants), "rate": rate}
     with ExitStack() as stack:
+        # Also when this program is ended before it is done.
+        stack.callback(
+            lambda: write_file(out / "serving.json", json.dumps(result, indent=1).encode() + b"\n")
+        )
         served: list[VllmServer] = []
 
         def serve() -> str:
@@ -215,7 +219,6 @@ def main(
 
             parts.run("step with tenants", steps)
             parts.run("step of the base", base_only)
-    write_file(out / "serving.json", json.dumps(result, indent=1).encode() + b"\n")
     if parts.failed:
         raise typer.Exit(1)
 

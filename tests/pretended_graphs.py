@@ -2,9 +2,13 @@
 
 A `PretendedGraph` records what is launched while it is captured: every operation of torch and every kernel,
 with the very tensors and numbers that it was given. A replay launches them again. As on a GPU, what Python
-decides while capturing stays decided, tensors are read and written where they were, what a capture computes
-is not there before the first replay, and waiting for the device or going through memory of the CPU is an
-error. Not like a GPU's: graphs of one pool do not share memory. For processes whose Triton interprets.
+decides while capturing stays decided, and tensors are read and written where they were; the usual ways of
+waiting for the device and of going through memory of the CPU are errors, and what torch's operations newly
+made is not there before the first replay (floating point: NaN).
+
+Not as on a GPU: a capture runs what it records, memory is kept for as long as a graph lives, graphs of one
+pool share none, and a copy from memory of the CPU cannot be told from one within the device. Importing this
+patches Triton's interpreter: for processes whose kernels are interpreted.
 """
 
 from __future__ import annotations
@@ -24,14 +28,20 @@ aten = torch.ops.aten
 WAITS = {
     aten._local_scalar_dense.default,
     aten._unique2.default,
+    aten.allclose.default,
+    aten.bincount.default,
     aten.equal.default,
     aten.masked_select.default,
     aten.nonzero.default,
+    aten.repeat_interleave.Tensor,
+    aten.unique_consecutive.default,
 }
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-HOST_MEMORY = (
-    *((torch, name) for name in ("as_tensor", "from_numpy", "frombuffer", "tensor")),
-    *((torch.Tensor, name) for name in ("numpy", "pin_memory", "tolist")),
+REFUSED = (
+    *((torch, name) for name in ("as_tensor", "asarray", "from_numpy", "frombuffer", "tensor")),
+    *((torch.Tensor, name) for name in ("cpu", "item", "new_tensor", "numpy", "pin_memory", "tolist")),
+    (torch.cuda, "synchronize"),
+    (torch.accelerator, "synchronize"),
 )
 
 
@@ -64,6 +74,8 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         by_mask = func in INDEXED and any(t.dtype == torch.bool for t in _tensors(args[1]))
+        if func is aten.lift_fresh.default:
+            raise NotCapturable("a tensor of Python's numbers, which the device would have to copy")
         if func in WAITS or by_mask:
             raise NotCapturable(f"{func} waits for the device")
         if func in self.inside:
@@ -111,7 +123,7 @@ def capture(
     if capturing():
         raise NotCapturable("a capture within a capture")
     with ExitStack() as stack:
-        for owner, name in HOST_MEMORY:
+        for owner, name in REFUSED:
             stack.enter_context(patch.object(owner, name, _refusing(owner, name)))
         _recorder = stack.enter_context(_Recorder(graph, inside or {}))
         try:
@@ -129,7 +141,9 @@ def _refusing(owner: Any, name: str) -> Callable[..., Any]:
     @functools.wraps(function)
     def refusing(*args: Any, **kwargs: Any) -> Any:
         if capturing():
-            raise NotCapturable(f"{owner.__name__}.{name} goes through memory of the CPU")
+            raise NotCapturable(
+                f"{owner.__name__}.{name} waits for the device, or goes through the CPU's memory"
+            )
         return function(*args, **kwargs)
 
     return refusing

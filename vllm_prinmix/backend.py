@@ -25,7 +25,7 @@ class Site:
 
     widths: rows of each slice of its output (q, k, v), the vocabulary for an embedding, the size of a norm.
     cols: columns of its weight. offsets: where a slice's packed rows start within their first block, and
-    col_offset likewise (tensor parallelism, `kernels.packed.Extent`).
+    col_offset likewise (tensor parallelism, `kernels.packed.Extent`). head: its output is logits, in float32.
     """
 
     kind: Literal["linear", "embedding", "norm"]
@@ -33,6 +33,7 @@ class Site:
     cols: int = 0
     row_offsets: tuple[int, ...] = (0,)
     col_offset: int = 0
+    head: bool = False
 
 
 @dataclass
@@ -50,8 +51,8 @@ TenantDelta = dict[int, SiteDelta]  # by the site's number
 class Backend(ABC):
     """The deltas of the tenants in slots, and the step's map of rows to slots.
 
-    Sites are added while the model is wrapped, then `reserve` is called once. `prepare` runs on the loading
-    thread; everything else on the worker's own, between steps or within one.
+    Sites are added while the model is wrapped, then `reserve` and `warm_up` are called once. `prepare` runs
+    on the loading thread; everything else on the worker's own, between steps or within one.
     """
 
     def __init__(self, slots: int) -> None:
@@ -72,6 +73,10 @@ class Backend(ABC):
     @abstractmethod
     def reserve(self, tenants: Iterable[TenantDelta]) -> None:
         """Reserve what slots need for any of ``tenants``, whose tensors may be on the meta device."""
+
+    @abstractmethod
+    def warm_up(self) -> None:
+        """Do what would hold up the first requests otherwise."""
 
     @abstractmethod
     def prepare(self, delta: TenantDelta) -> Any:

@@ -71,7 +71,24 @@ INTERNALS: dict[str, Internal] = {
         ("vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_prompt_logprobs_dict",),
         parameters=("hidden_states",),
     ),
-    "OpenAIServingModels": Internal(("vllm.entrypoints.openai.models.serving:OpenAIServingModels",)),
+    "OpenAIServingModels": Internal(
+        ("vllm.entrypoints.openai.models.serving:OpenAIServingModels",),
+        attributes=("show_available_models", "is_base_model"),
+    ),
+    "build_chat_params": Internal(
+        ("vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.build_chat_params",),
+        parameters=("default_template",),
+    ),
+    "to_sampling_params": Internal(
+        ("vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_sampling_params",),
+        parameters=("max_tokens", "default_sampling_params"),
+    ),
+    "process_inputs": Internal(
+        ("vllm.v1.engine.input_processor:InputProcessor.process_inputs",), parameters=("lora_request",)
+    ),
+    "SamplingParams": Internal(
+        ("vllm.sampling_params:SamplingParams",), attributes=("update_from_generation_config",)
+    ),
     "BaseServing": Internal(
         ("vllm.entrypoints.serve.engine.serving:BaseServing",),
         attributes=("_check_model", "create_error_response"),
@@ -85,7 +102,15 @@ INTERNALS: dict[str, Internal] = {
 }
 
 # The HTTP stack: worker processes must not import it only to check that it is there.
-API_SERVER_ONLY = {"OpenAIServingModels", "BaseServing", "AsyncLLM", "GenerationError"}
+API_SERVER_ONLY = {
+    "OpenAIServingModels",
+    "BaseServing",
+    "build_chat_params",
+    "to_sampling_params",
+    "process_inputs",
+    "AsyncLLM",
+    "GenerationError",
+}
 
 
 @cache

@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 
 from vllm_prinmix import __version__
+from vllm_prinmix.catalog import Catalog
 from vllm_prinmix.compat import resolve
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.options import Options
-from vllm_prinmix.tenants import Tenant, scan
 
 LoRAConfig: Any = resolve("LoRAConfig")
 logger = resolve("init_logger")("vllm.prinmix")
@@ -26,8 +26,7 @@ logger = resolve("init_logger")("vllm.prinmix")
 class PrinMixConfig(LoRAConfig):
     """LoRAConfig plus the tenants. ``max_loras`` is --max-deltas, ``max_cpu_loras`` is --max-cpu-deltas."""
 
-    tenants: tuple[Tenant, ...] = ()
-    skipped: dict[str, str] = Field(default_factory=dict)
+    catalog: Catalog | None = None  # never None in use; each process has its own
 
     def compute_hash(self) -> str:
         # Key of compiled graphs: neither paths nor tenants belong in it, the plugin's version does.
@@ -49,9 +48,10 @@ def install(vllm_config: Any, options: Options) -> None:
     served = model.served_model_name
     reserved = [served] if isinstance(served, str) else list(served or [model.model])
     dummy = vllm_config.load_config.load_format == "dummy"
-    tenants, skipped = scan(options.deltas, model.model, reserved, dummy)
-    for name, error in skipped.items():
-        logger.warning("PrinMix: %s is not served: %s", name, error)
+    catalog = Catalog(options.deltas, model.model, reserved, dummy)
+    tenants = catalog.tenants.values()
+    for name, reason in catalog.skipped.items():
+        logger.warning("PrinMix: %s is not served: %s", name, reason)
     packed = sum(t.packed_bytes for t in tenants)
     held = sum(sorted((t.packed_bytes for t in tenants), reverse=True)[: options.host_capacity])
     logger.info(
@@ -64,9 +64,7 @@ def install(vllm_config: Any, options: Options) -> None:
     )
     lora = vllm_config.lora_config
     fields = {f.name: getattr(lora, f.name) for f in dataclasses.fields(lora)}
-    vllm_config.lora_config = PrinMixConfig(
-        **fields, tenants=tuple(tenants), skipped={name: str(error) for name, error in skipped.items()}
-    )
+    vllm_config.lora_config = PrinMixConfig(**fields, catalog=catalog)
     scheduler = vllm_config.scheduler_config
     if scheduler.scheduler_cls is not None:
         raise PrinMixError(

@@ -65,6 +65,9 @@ class CpuBackend(Backend):
     def reserve(self, tenants: Iterable[TenantDelta]) -> None:
         """Slots need nothing."""
 
+    def warm_up(self) -> None:
+        """Everything is compiled already."""
+
     def prepare(self, delta: TenantDelta) -> dict[int, Prepared]:
         return {number: Prepared.of(self.sites[number], found) for number, found in delta.items()}
 

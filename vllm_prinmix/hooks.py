@@ -7,16 +7,14 @@ then reaches every process inside VllmConfig.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import functools
 import sys
 import time
-from http import HTTPStatus
 from types import ModuleType
 from typing import Any
 
-from vllm_prinmix import options
+from vllm_prinmix import api_hooks, options
+from vllm_prinmix.api_hooks import is_on
 from vllm_prinmix.compat import check, on_import, resolve
 from vllm_prinmix.errors import PrinMixError
 
@@ -27,15 +25,7 @@ def install() -> None:
     on_import("vllm.engine.arg_utils", _patch_arguments)
     on_import("vllm.v1.executor.abstract", _patch_executor)
     on_import("vllm.v1.worker.lora_model_runner_mixin", _patch_worker)
-    on_import("vllm.entrypoints.openai.models.serving", _patch_models)
-    on_import("vllm.entrypoints.serve.engine.serving", _patch_request_check)
-    on_import("vllm.v1.engine.async_llm", _patch_errors)
-
-
-def is_on(vllm_config: Any) -> bool:
-    """Whether this configuration serves deltas."""
-    lora = getattr(vllm_config, "lora_config", None)
-    return lora is not None and hasattr(lora, "tenants")
+    api_hooks.install()
 
 
 def _allow_amx() -> None:
@@ -166,82 +156,3 @@ def _patch_prompt_logprobs() -> None:
             cls = getattr(sys.modules[module], owner)
             for name in functions:
                 setattr(cls, name, with_prompt_rows(getattr(cls, name)))
-
-
-def _patch_models(module: ModuleType) -> None:
-    models = module.OpenAIServingModels
-    init = models.__init__
-
-    @functools.wraps(init)
-    def init_with_tenants(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, engine_client, *args, **kwargs)
-        if is_on(engine_client.vllm_config):
-            for tenant in engine_client.vllm_config.lora_config.tenants:
-                self.lora_requests[tenant.name] = lora_request(tenant, self.base_model_paths[0].name)
-
-    models.__init__ = init_with_tenants
-
-
-def _patch_request_check(module: ModuleType) -> None:
-    """Before a request reaches the engine: is its tenant's delta still whole, and if unknown, why?"""
-    from vllm_prinmix.format.checkpoint import brief
-    from vllm_prinmix.tenants import check_files
-
-    serving = module.BaseServing
-    check_model = serving._check_model
-
-    @functools.wraps(check_model)
-    async def check_tenant(self: Any, request: Any) -> Any:
-        error = await check_model(self, request)
-        vllm_config: Any = getattr(getattr(self.models, "engine_client", None), "vllm_config", None)
-        if not is_on(vllm_config):
-            return error
-        lora = vllm_config.lora_config
-        if error is not None and (reason := lora.skipped.get(request.model)):
-            error.error.message = f"tenant {request.model} was not loaded at start: {reason}"
-        elif error is not None:  # vLLM's message names the base alone
-            names = brief([t.name for t in lora.tenants], limit=10)
-            error.error.message += f" Tenants: {names} (all in /v1/models)."
-        tenant = next((t for t in lora.tenants if t.name == request.model), None)
-        if tenant is None:
-            return error
-        try:
-            await asyncio.to_thread(check_files, tenant)
-        except PrinMixError as broken:
-            return self.create_error_response(
-                f"tenant {tenant.name}: {broken}",
-                err_type="ServiceUnavailableError",
-                status_code=HTTPStatus.SERVICE_UNAVAILABLE,
-                param="model",
-            )
-        return error
-
-    serving._check_model = check_tenant
-
-
-def _patch_errors(module: ModuleType) -> None:
-    """The scheduler sends a failed tenant's reason as stop_reason; here it becomes the HTTP error's text."""
-    engine = module.AsyncLLM
-    generate = engine.generate
-
-    async def explain(results: Any) -> Any:
-        async with contextlib.aclosing(results):
-            async for output in results:
-                for completion in output.outputs:
-                    if completion.finish_reason == "error" and completion.stop_reason:
-                        raise resolve("GenerationError")(str(completion.stop_reason))
-                yield output
-
-    @functools.wraps(generate)
-    def generate_or_explain(self: Any, *args: Any, **kwargs: Any) -> Any:
-        results = generate(self, *args, **kwargs)
-        return explain(results) if is_on(self.vllm_config) else results
-
-    engine.generate = generate_or_explain
-
-
-def lora_request(tenant: Any, base: str) -> Any:
-    """The LoRARequest by which vLLM carries a tenant."""
-    return resolve("LoRARequest")(
-        lora_name=tenant.name, lora_int_id=tenant.id, lora_path=tenant.path, base_model_name=base
-    )

@@ -37,13 +37,15 @@ class DeltaManager:
 
     def __init__(self, model: nn.Module, vllm_config: Any, device: torch.device) -> None:
         config = vllm_config.model_config
-        slots, tenants = vllm_config.lora_config.max_loras, vllm_config.lora_config.tenants
+        slots = vllm_config.lora_config.max_loras
+        tenants = list(vllm_config.lora_config.catalog.tenants.values())
         rows = vllm_config.scheduler_config.max_num_batched_tokens
         self.backend = backend_for(device, slots, rows, config.dtype)
         ops.use(self.backend)
         tied = bool(getattr(config.hf_text_config, "tie_word_embeddings", False))
         self.modules = attach(model, self.backend, tied)
         self.backend.reserve(cut_to_rank(delta, self.modules) for delta in _descriptions(tenants))
+        self.backend.warm_up()
         if size := self.backend.slot_bytes:
             packed = max(tenant.packed_bytes for tenant in tenants)
             share = f"{size / packed:.2f} times the largest delta's file"
@@ -121,9 +123,9 @@ class DeltaManager:
         if request.lora_int_id in self._host or request.lora_int_id in self._warmup:
             return True
         raise PrinMixError(
-            "a tenant cannot be added while the server runs",
+            "a tenant is not added by a request",
             where=request.lora_name,
-            fix="put its delta into the folder given to --deltas and restart the server",
+            fix="put its delta into the folder given to --deltas: it is found there once it is asked for",
         )
 
     def remove_adapter(self, adapter_id: int) -> bool:

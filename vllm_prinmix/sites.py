@@ -53,7 +53,7 @@ def attach(model: nn.Module, backend: Backend, tied: bool) -> list[SiteModule]:
             module.use_fused_embedding = False  # a CUDA path that would go past quant_method
             start, stop = vocabulary(module)
             kind: Any = "linear" if is_head else "embedding"
-            site = Site(kind, (stop - start,), module.embedding_dim, (start % BLOCK,))
+            site = Site(kind, (stop - start,), module.embedding_dim, (start % BLOCK,), head=is_head)
             number = backend.add_site(site)
             _wrap(module, number, head=is_head)
             modules.append(SiteModule(number, module, kind, parts, tied=is_head and tied))

@@ -6,22 +6,25 @@ now. Copies go to the stream that the model runs on: they are in order with the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from vllm_prinmix.backend import BASE, Backend, TenantDelta
+from vllm_prinmix.backend import BASE, Backend, Site, TenantDelta
 from vllm_prinmix.errors import PrinMixError
-from vllm_prinmix.kernels import segmented
+from vllm_prinmix.kernels import packing, segmented
 from vllm_prinmix.kernels.descriptors import NONE, Arena, SiteTables
 from vllm_prinmix.kernels.segments import Segments
 from vllm_prinmix.slot_image import SlotImage, lay_out, output_widths
 
+# A slot is larger than the largest delta at start by this much, for deltas that come later.
+ROOM = 1.05
 INTERPRETER_PROGRAMS = 4  # the interpreter runs them one after the other
 # Bytes. torch rounds pinned memory up to a power of two and hands it out again only whole: a tenant of 0.6 GB
-# would take 1 GB. Pieces of this size waste nothing, and what one tenant leaves serves any other.
+# would take 1 GB. Pieces of this size fit, but for the last, and those that one tenant leaves serve another.
 PIECE = 1 << 26
 
 
@@ -30,7 +33,7 @@ class Prepared:
     """A tenant's image in host memory (pinned, for a GPU)."""
 
     image: SlotImage
-    pieces: list[torch.Tensor]  # uint8 [`PIECE`], the last one shorter
+    pieces: list[torch.Tensor]  # uint8 [`PIECE`]; the last one may be shorter
 
 
 class TritonBackend(Backend):
@@ -57,6 +60,8 @@ class TritonBackend(Backend):
             most_columns = max(most_columns, image.columns)
             most_groups = max(most_groups, image.groups)
             self.touched |= delta.keys()
+        self.slot_bytes = packing.align(int(ROOM * self.slot_bytes))
+        most_columns, most_groups = (math.ceil(ROOM * most) for most in (most_columns, most_groups))
         linear = [site for site in self.sites if site.kind == "linear"]
         cols = max([site.col_offset + site.cols for site in linear], default=1)
         try:
@@ -95,13 +100,44 @@ class TritonBackend(Backend):
         tables.entries = self._entries[number]  # all sites' in one tensor: one copy fills a slot
         return tables
 
+    def warm_up(self) -> None:
+        """Launch every kernel for every kind of arguments that requests bring, so that it is compiled.
+
+        vLLM's own warm-up leaves the head out, and more where CUDA graphs are off.
+        """
+        nobody = np.full(1, BASE)
+        self.set_batch(nobody, nobody, active=True)
+        for rows in (1, segmented.DECODE_BATCH + 1):
+            for site, number in {self.sites[n]: n for n in sorted(self.touched)}.items():
+                self._launch(site, number, min(rows, self.rows))
+        self.set_batch(nobody, nobody, active=False)
+
+    def _launch(self, site: Site, number: int, rows: int) -> None:
+        def zeros(cols: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
+            return torch.zeros(rows, cols, dtype=dtype, device=self.device)
+
+        if site.kind == "norm":
+            self.norm_(zeros(site.widths[0]), zeros(site.widths[0]), number, 1e-6)
+        elif site.kind == "embedding":
+            self.embedding_(zeros(site.cols), zeros(1, torch.int64)[:, 0], number)
+        elif site.head:  # logits are in float32, and vLLM pads the vocabulary
+            self.logits_(zeros(packing.align(sum(site.widths)), torch.float32), zeros(site.cols), number)
+        else:
+            self.linear_(zeros(sum(site.widths)), zeros(site.cols), number)
+
     def prepare(self, delta: TenantDelta) -> Prepared:
         image = lay_out(delta, self.sites)
+        if not delta.keys() <= self.touched:
+            raise PrinMixError(
+                "the delta changes modules that no delta changed when the server started",
+                found=f"{len(delta.keys() - self.touched)} such modules",
+                fix="restart the server",
+            )
         limits = (self.slot_bytes, self.workspace.columns, self.workspace.groups)
         needs = (image.nbytes, image.columns, image.groups)
         if any(need > limit for need, limit in zip(needs, limits, strict=True)):
             raise PrinMixError(
-                "the delta is larger than any that the server found at start",
+                f"the delta is more than {ROOM - 1:.0%} larger than any that the server found at start",
                 found="{} bytes, {} columns, {} groups".format(*needs),
                 expected="at most {}, {}, {}".format(*limits),
                 fix="restart the server",

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.demo.pipeline import Family
 from benchmarks.server import SMALL_MACHINE_ARGUMENTS, VllmServer
 from tests.e2e import plugins, slow_loads
-from tests.e2e.client import Stream, complete, post, stream
+from tests.e2e.client import HTTP, Stream, complete, post, stream
 from tests.e2e.conftest import FLOAT32
 from vllm_prinmix.format.schema import WEIGHTS_FILE
 
@@ -67,6 +67,10 @@ def error_of(running: Running, tenant: str, **more: object) -> tuple[int, str]:
     body = {"model": tenant, "prompt": [1, 2, 3], "max_tokens": 4, **more}
     response = post(running.url, "/v1/completions", body)
     return response.status_code, response.json()["error"]["message"]
+
+
+def listed(running: Running) -> list[str]:
+    return [model["id"] for model in HTTP.get(f"{running.url}/v1/models").json()["data"]]
 
 
 def test_a_cold_tenant_does_not_stop_a_warm_one(running: Running) -> None:
@@ -136,17 +140,48 @@ def test_a_stream_of_a_broken_tenant_ends_with_the_reason(running: Running) -> N
 def test_vanished_folder(running: Running) -> None:
     shutil.rmtree(running.deltas / "vanished")
     status, message = error_of(running, "vanished")
-    assert status == 503
-    assert "tenant vanished: the delta folder does not exist" in message
+    assert status == 404
+    assert "`vanished` does not exist" in message
+    assert "vanished" not in listed(running)
     assert_others_go_on(running)
 
 
-def test_replaced_delta_is_not_mistaken_for_the_old_one(running: Running) -> None:
+def test_a_replaced_delta_answers_from_then_on(running: Running) -> None:
+    """Not with weights or KV blocks of the old one, although both were in use."""
+
+    def answer(tenant: str) -> list[float]:
+        prompt = list(range(1, 200))  # longer than a block, so that its start is cached
+        body = {"model": tenant, "prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 1}
+        response = post(running.url, "/v1/completions", {**body, "ignore_eos": True})
+        return response.json()["choices"][0]["logprobs"]["token_logprobs"]
+
+    for _ in range(2):
+        assert answer("replaced") != pytest.approx(answer(running.warm), abs=1e-3)
     shutil.rmtree(running.deltas / "replaced")
     shutil.copytree(running.deltas / "warm", running.deltas / "replaced")
-    status, message = error_of(running, "replaced")
-    assert status == 503
-    assert "tenant replaced: the delta was replaced since the server started" in message
+    assert answer("replaced") == pytest.approx(answer(running.warm), abs=1e-4)
+    assert_others_go_on(running)
+
+
+def test_a_folder_that_comes_is_served_without_a_restart(running: Running) -> None:
+    assert error_of(running, "newcomer")[0] == 404
+    half = running.deltas / "newcomer"
+    shutil.copytree(running.deltas / "warm", half)
+    whole = (half / WEIGHTS_FILE).read_bytes()
+    (half / WEIGHTS_FILE).write_bytes(whole[:-100])  # a copy that is under way
+    status, message = error_of(running, "newcomer")
+    assert status == 404
+    assert "tenant newcomer is not served" in message
+    assert "newcomer" not in listed(running)
+    (half / WEIGHTS_FILE).write_bytes(whole)
+    assert "newcomer" in listed(running)
+    found, wanted = (complete(running.url, name, [1, 2, 3], tokens=4) for name in ("newcomer", running.warm))
+    assert found.token_ids == wanted.token_ids
+
+
+@pytest.mark.parametrize("name", ["../deltas/warm", "warm/", "./warm", ".", "/etc"])
+def test_a_path_is_no_tenant(running: Running, name: str) -> None:
+    assert error_of(running, name)[0] == 404
 
 
 def test_unknown_tenant_and_one_that_was_bad_from_the_start(running: Running) -> None:
@@ -155,7 +190,7 @@ def test_unknown_tenant_and_one_that_was_bad_from_the_start(running: Running) ->
     assert "nobody" in message
     status, message = error_of(running, "bad-from-the-start")
     assert status == 404
-    assert "tenant bad-from-the-start was not loaded at start" in message
+    assert "tenant bad-from-the-start is not served" in message
     assert "PrinMix: bad-from-the-start is not served" in running.log.read_text()
     assert_others_go_on(running)
 

@@ -26,7 +26,7 @@ if __name__ == "__main__":
     except PrinMixError as error:
         print(error)
     prompts = json.load(open(prompts))
-    names = [t.name for t in llm.llm_engine.vllm_config.lora_config.tenants]
+    names = list(llm.llm_engine.vllm_config.lora_config.catalog.tenants)
     jobs = [(name, prompt) for prompt in prompts for name in [None, *names]]
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for _, prompt in jobs],

@@ -45,14 +45,17 @@ class Code:
     per_weight: dict[str, float]
 
 
-def compile_kernel(kernel: str, shape: str, target: GPUTarget, dtype: str = "bf16"):
-    """The kernel as `segmented` launches it on a device of this sort."""
+def compile_kernel(kernel: str, shape: str, target: GPUTarget, dtype: str = "bf16", logits: bool = False):
+    """The kernel as `segmented` launches it on a device of this sort. logits: y is in float32."""
     options = dict(SHAPES[target.backend][shape][kernel])
     constants = {"ASM": target.backend == "cuda", "SEGMENTS": SEGMENTS, "STEPS": STEPS, "PARTS": PARTS}
-    return compile_function(KERNELS[kernel], constants, options, target, dtype)
+    y_dtype = "fp32" if logits else dtype
+    return compile_function(KERNELS[kernel], constants, options, target, dtype, y_dtype)
 
 
-def compile_function(function, constants: dict, options: dict, target: GPUTarget, dtype: str = "bf16"):
+def compile_function(
+    function, constants: dict, options: dict, target: GPUTarget, dtype: str = "bf16", y_dtype: str = "bf16"
+):
     """``constants`` and ``options``: values of compile-time parameters; options also has Triton's own."""
     signature, values, hints, options = {}, {}, {}, dict(options)
     for i, name in enumerate(function.arg_names):
@@ -60,7 +63,8 @@ def compile_function(function, constants: dict, options: dict, target: GPUTarget
             signature[name] = "constexpr"
             values[(i,)] = options.pop(name) if name in options else constants[name]
             continue
-        pointed = POINTERS.get(name) or (dtype if name in ("x", "t", "y", "sorted_x") else None)
+        activations = {**dict.fromkeys(("x", "t", "sorted_x"), dtype), "y": y_dtype}
+        pointed = POINTERS.get(name) or activations.get(name)
         signature[name] = f"*{pointed}" if pointed else "fp32" if name == "eps" else "i32"
         if pointed or name in ALIGNED:
             hints[(i,)] = [["tt.divisibility", 16]]
@@ -76,26 +80,41 @@ def weights_per_iteration(kernel: str, shape: str) -> int:
     return options["BLOCKS"] * 128 * options["N"]
 
 
-def measure(kernel: str, shape: str, arch: int, dtype: str = "bf16") -> Code:
-    compiled = compile_kernel(kernel, shape, GPUTarget("cuda", arch, 32), dtype)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        text = _tool("cuobjdump", "-sass", file.name)
-        usage = _tool("cuobjdump", "-res-usage", file.name)
+def measure(kernel: str, shape: str, arch: int, dtype: str = "bf16", logits: bool = False) -> Code:
+    compiled = compile_kernel(kernel, shape, GPUTarget("cuda", arch, 32), dtype, logits)
+    text = _disassembled("-sass", compiled)
     weights = weights_per_iteration(kernel, shape)
     threads = 32 * SHAPES["cuda"][shape][kernel]["num_warps"]
     # One main loop per width; a wider plane takes more shifts and loads per code, so length tells them apart.
     counts = sorted(len(body) * threads / weights for body in main_loops(text))
     assert len(counts) == 3, f"{len(counts)} main loops, not one for each width of a plane"
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, usage
+    registers, spilled = resources(compiled)
     return Code(
-        registers=int(found[1]),
-        spilled=int(found[2]),
+        registers=registers,
+        spilled=spilled,
         shared=compiled.metadata.shared,
         per_weight={w: round(c, 3) for w, c in zip("124", counts, strict=True)},
     )
+
+
+def resources(compiled) -> tuple[int, int]:
+    """(registers of a thread, bytes of its stack) of a kernel compiled for NVIDIA's GPUs."""
+    usage = _disassembled("-res-usage", compiled)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return int(found[1]), int(found[2])
+
+
+def amd_spills(compiled) -> set[str]:
+    """Counts of spilled registers, as text, of a kernel compiled for AMD's."""
+    return set(re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]))
+
+
+def _disassembled(what: str, compiled) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return _tool("cuobjdump", what, file.name)
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -215,8 +215,16 @@ def test_a_slot_can_be_given_away(serve: Serve) -> None:
 def test_a_delta_too_large_for_its_slot_is_refused(serve: Serve) -> None:
     small, large = (SiteDelta(parts=[pack(random_factors(40, COLS, n, (3,), seed=0))]) for n in (6, 70))
     backend = serve((HEAD, [small]))
-    with pytest.raises(PrinMixError, match="larger than any"):
+    with pytest.raises(PrinMixError, match="more than 5% larger than any"):
         backend.prepare({0: large})
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the CPU's backend has no such limit")
+def test_a_delta_of_modules_that_no_graph_reckons_with_is_refused(serve: Serve) -> None:
+    delta = SiteDelta(parts=[pack(random_factors(40, COLS, 6, (3,), seed=0))])
+    backend = serve((HEAD, [delta]), (HEAD, [None]))
+    with pytest.raises(PrinMixError, match="no delta changed when the server started"):
+        backend.prepare({1: delta})
 
 
 def test_a_tensor_parallel_slice(serve: Serve) -> None:

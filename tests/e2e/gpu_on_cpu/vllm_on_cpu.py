@@ -14,6 +14,7 @@ KEPT = {
         "cudagraph_mode",
         "cudagraph_capture_sizes",
         "max_cudagraph_capture_size",
+        "ir_enable_torch_wrap",
     ),
     "scheduler_config": ("async_scheduling",),
 }
@@ -23,6 +24,7 @@ def install() -> None:
     """Patch this process's vLLM."""
     _platform()
     _worker()
+    _runner_v1()
     _attention()
     _leave_out()
 
@@ -68,12 +70,33 @@ def _worker() -> None:
     torch_utils.weak_ref_tensor = lambda tensor: tensor
 
 
+def _runner_v1() -> None:
+    """The GPU's loads a model into a wrapper that captures whole decoding steps; the CPU's without."""
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    load = CPUModelRunner.load_model
+
+    def load_and_wrap(self: Any, *args: Any, **kwargs: Any) -> None:
+        load(self, *args, **kwargs)
+        if self.compilation_config.cudagraph_mode.has_full_cudagraphs():
+            self.model = CUDAGraphWrapper(self.model, self.vllm_config, runtime_mode=CUDAGraphMode.FULL)
+
+    def get_model(self: Any) -> Any:
+        return self.model.unwrap() if isinstance(self.model, CUDAGraphWrapper) else self.model
+
+    CPUModelRunner.load_model = load_and_wrap
+    CPUModelRunner.get_model = get_model
+
+
 def _attention() -> None:
     """A GPU's attention reads the batch from memory that stays in place; the CPU's, from the forward context.
 
     So a whole captured graph is replayed within a context with the metadata that was built last.
     """
-    from vllm.forward_context import set_forward_context
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import BatchDescriptor, set_forward_context
     from vllm.v1.attention.backend import AttentionCGSupport
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
     from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
@@ -90,7 +113,14 @@ def _attention() -> None:
     @functools.wraps(run_fullgraph)
     def run_with_context(self: Any, desc: Any) -> Any:
         slots = {name: metadata.slot_mapping for name, metadata in latest.items()}
-        with set_forward_context(latest, self.vllm_config, num_tokens=desc.num_tokens, slot_mapping=slots):
+        with set_forward_context(
+            latest,
+            self.vllm_config,
+            num_tokens=desc.num_tokens,
+            cudagraph_runtime_mode=CUDAGraphMode.FULL,
+            batch_descriptor=BatchDescriptor(num_tokens=desc.num_tokens),
+            slot_mapping=slots,
+        ):
             return run_fullgraph(self, desc)
 
     CPUAttentionMetadataBuilder._cudagraph_support = AttentionCGSupport.ALWAYS
@@ -99,7 +129,11 @@ def _attention() -> None:
 
 
 def _leave_out() -> None:
-    """What needs a GPU, or more than Triton's interpreter, and has nothing to do with deltas."""
+    """What needs a GPU, or more than Triton's interpreter.
+
+    Of the pass that makes operations write in place again: it names operations of vLLM's build for a GPU, and
+    none of PrinMix's, which inductor itself makes so.
+    """
     from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
     from vllm.v1.sample.ops import topk_topp_sampler
     from vllm.v1.worker import gpu_worker

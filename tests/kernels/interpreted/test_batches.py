@@ -12,20 +12,22 @@ from vllm_prinmix.kernels.descriptors import Part, SiteTables, whole_tiles
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("tokens", [2, 17, 64, 65, 300])
-def test_tokens(tokens: int) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 17, 64, 65, 300])
+def test_tokens(tokens: int, dtype: torch.dtype) -> None:
     """Above 64 rows, segments of up to 16 rows and longer ones go to different launches."""
     tenants = {s: [random_factors(40, 50, 10 + s, (2,), seed=s)] for s in range(3)}
     slots = np.random.default_rng(0).choice([-1, 0, 1, 1, 1, 1, 1], tokens)
     slots[:2] = 2
-    check(serve(tenants, (40,), 50), tenants, slots)
+    check(serve(tenants, (40,), 50, dtype=dtype), tenants, slots)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [1, 2, 64])
-def test_tenants(count: int) -> None:
+def test_tenants(count: int, dtype: torch.dtype) -> None:
     tenants = {s: [random_factors(20, 30, 4 + s % 5, (1 + s % 4,), seed=s)] for s in range(count)}
     slots = np.random.default_rng(1).permutation(np.arange(-1, count))
-    check(serve(tenants, (20,), 30, max_tenants=64), tenants, slots)
+    check(serve(tenants, (20,), 30, max_tenants=64, dtype=dtype), tenants, slots)
 
 
 def test_bias_is_added_with_and_without_a_delta() -> None:

@@ -26,11 +26,12 @@ def test_widths_of_v_and_u_differ(dtype: torch.dtype) -> None:
     check(serve(tenants, (150,), 140, dtype=dtype), tenants, np.array([0, 0]))
 
 
-@pytest.mark.parametrize("directions", [0, 1, 15, 16, 17, 63, 64, 65, 200])
-def test_ragged_directions(directions: int) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("directions", [0, 1, 15, 16, 17, 63, 64, 65, 200, 1500])
+def test_ragged_directions(directions: int, dtype: torch.dtype) -> None:
     tenants = {2: [random_factors(60, 70, directions, (2,), seed=2)]}
     if directions:
-        check(serve(tenants, (60,), 70), tenants, np.array([2, 2, -1]))
+        check(serve(tenants, (60,), 70, dtype=dtype), tenants, np.array([2, 2, -1]))
     else:
         server = serve(tenants, (60,), 70)
         y = torch.ones(1, 60)

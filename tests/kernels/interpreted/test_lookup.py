@@ -20,14 +20,15 @@ def embed(
     """float32 [rows, hidden]: what the tenants' deltas add."""
     first = next(iter(deltas.values()))
     hidden = first.cols.length
-    site = SiteTables((hidden,), vocabulary, 4, DEVICE, col_offset=first.rows.offset)
-    arena, segments = used_arena(1 << 20), Segments(4, 100, DEVICE)
+    most = max(4, *(slot + 1 for slot in deltas))
+    site = SiteTables((hidden,), vocabulary, most, DEVICE, col_offset=first.rows.offset)
+    arena, segments = used_arena(1 << 20), Segments(most, 300, DEVICE)
     end, parts = 0, []
     for slot, delta in deltas.items():
         parts.append(embedding_part(whole_tiles(delta)))
         end = site.put(slot, parts[-1:], arena, end)
     need = [max(f(p.delta) for p in parts) for f in (columns, groups)]
-    workspace = segmented.Workspace(100, hidden, *need, dtype=dtype, device=DEVICE)
+    workspace = segmented.Workspace(300, hidden, *need, dtype=dtype, device=DEVICE)
     segments.set(np.array(slots))
     y = torch.zeros(len(ids), hidden, device=DEVICE)
     segmented.embedding_(y, ids.to(DEVICE), site, arena, segments, workspace, programs=2, asm=ASM)
@@ -45,6 +46,19 @@ def test_embedding(widths: tuple[int, ...], dtype: torch.dtype) -> None:
     for slot, delta in deltas.items():
         mine = torch.tensor(slots) == slot
         assert relative_error(y[mine], reference.embedding(ids[mine], delta)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "tenants"), [(1, 1), (64, 3), (65, 3), (300, 2), (65, 64)])
+def test_embeddings_of_batches(tokens: int, tenants: int, dtype: torch.dtype) -> None:
+    deltas = {s: random_factors(90, 60, 4 + s % 5, (1 + s % 4,), seed=s) for s in range(tenants)}
+    slots = np.random.default_rng(1).permutation(np.arange(tokens) % (tenants + 1) - (tokens > 1))
+    ids = torch.from_numpy(np.random.default_rng(2).integers(0, 90, tokens))
+    y = embed({s: pack(d) for s, d in deltas.items()}, ids, slots.tolist(), dtype, 90)
+    assert not y[torch.from_numpy(slots < 0)].any()
+    for slot in np.unique(slots[slots >= 0]).tolist():
+        mine = torch.from_numpy(slots == slot)
+        assert relative_error(y[mine], reference.embedding(ids[mine], deltas[slot])) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -86,3 +100,25 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     expected = reference.rms_norm(x[mine], weight, 1e-6)
     assert relative_error(y[mine], expected) < TOLERANCE[dtype]
     assert torch.equal(y[~mine], torch.ones_like(y[~mine]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "tenants"), [(1, 1), (300, 2), (65, 64)])
+def test_norms_of_batches(tokens: int, tenants: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.randn(tenants, 64, generator=generator)
+    arena, segments = used_arena(1 << 16), Segments(tenants, 300, DEVICE)
+    arena.put([weights.view(-1)], 0)
+    slots = np.random.default_rng(1).permutation(np.arange(tokens) % (tenants + 1) - (tokens > 1))
+    segments.set(slots)
+    x, y = torch.randn(tokens, 64, generator=generator).to(dtype), torch.ones(tokens, 64, dtype=dtype)
+    places, y_there = torch.arange(tenants, device=DEVICE) * 64, y.to(DEVICE)
+    segmented.norm_(y_there, x.to(DEVICE), places, arena, segments, eps=1e-6)
+    y.copy_(y_there)
+    for slot in np.unique(slots).tolist():
+        mine = torch.from_numpy(slots == slot)
+        if slot < 0:
+            assert torch.equal(y[mine], torch.ones_like(y[mine]))
+        else:
+            expected = reference.rms_norm(x[mine], weights[slot], 1e-6)
+            assert relative_error(y[mine], expected) < TOLERANCE[dtype]

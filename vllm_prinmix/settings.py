@@ -1,0 +1,99 @@
+"""What a tenant brings besides weights: its chat template, its sampling defaults, and what ends its answers.
+
+Read from the delta's folder, where a fine-tune's files lie that differ from the base's. The tokenizer is the
+base's for all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from vllm_prinmix.errors import PrinMixError
+
+# Of generation_config.json, those that are defaults of a request in vLLM too.
+SAMPLING = (
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """None and empty: as the base. ``sampling``: None where the tenant has no generation settings."""
+
+    chat_template: str | None = None
+    sampling: Mapping[str, Any] | None = None
+    end_tokens: frozenset[int] = field(default_factory=frozenset)
+
+
+def read_settings(folder: str | Path) -> Settings:
+    """The settings in a delta's folder as it is now. Raises PrinMixError for a file that cannot be read."""
+    folder = Path(folder)
+    generation = _json(folder / "generation_config.json")
+    return Settings(
+        _chat_template(folder),
+        None if generation is None else {n: generation[n] for n in SAMPLING if generation.get(n) is not None},
+        _end_tokens(folder / "generation_config.json", generation or {}),
+    )
+
+
+def _chat_template(folder: Path) -> str | None:
+    if (template := _text(folder / "chat_template.jinja")) is not None:
+        return template
+    path = folder / "tokenizer_config.json"
+    found = (_json(path) or {}).get("chat_template")
+    if isinstance(found, list):  # of named ones
+        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+        found = named.get("default")
+    if found is not None and not isinstance(found, str):
+        raise PrinMixError("the chat template is not a text", where=path, found=found)
+    return found
+
+
+def _end_tokens(path: Path, generation: Mapping[str, Any]) -> frozenset[int]:
+    found = generation.get("eos_token_id")
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(isinstance(token, int) for token in ids):
+        raise PrinMixError(
+            "eos_token_id is not a token id", where=path, found=found, expected="an integer or a list of them"
+        )
+    return frozenset(ids)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    text = _text(path)
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise PrinMixError("not a JSON file", where=path, found=error, fix="copy the fine-tune's") from error
+    if not isinstance(found, dict):
+        raise PrinMixError("not a JSON object", where=path, found=type(found).__name__)
+    return found
+
+
+def _text(path: Path) -> str | None:
+    """None where there is no such file."""
+    try:
+        stat = path.stat()
+        return _read(path, stat.st_mtime_ns, stat.st_size)
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PrinMixError("the file cannot be read", where=path, found=error) from error
+
+
+@lru_cache(maxsize=1024)
+def _read(path: Path, modified: int, size: int) -> str:
+    return path.read_text(encoding="utf-8")
