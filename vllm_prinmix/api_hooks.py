@@ -195,9 +195,10 @@ def _patch_ends(module: ModuleType) -> None:
             from vllm_prinmix.settings import read_settings
             from vllm_prinmix.tenants import split_path
 
-            ends = read_settings(split_path(tenant.lora_path)[0]).end_tokens
+            known = range(self.model_config.get_vocab_size())  # vLLM looks up any other in vain
+            ends = [t for t in read_settings(split_path(tenant.lora_path)[0]).end_tokens if t in known]
             found.sampling_params.update_from_generation_config(
-                {"eos_token_id": sorted(ends)}, self.renderer.get_eos_token_id()
+                {"eos_token_id": ends}, self.renderer.get_eos_token_id()
             )
         return found
 

@@ -7,6 +7,7 @@ base's for all.
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -39,11 +40,12 @@ class Settings:
 def read_settings(folder: str | Path) -> Settings:
     """The settings in a delta's folder as it is now. Raises PrinMixError for a file that cannot be read."""
     folder = Path(folder)
-    generation = _json(folder / "generation_config.json")
+    path = folder / "generation_config.json"
+    generation = _json(path)
     return Settings(
         _chat_template(folder),
-        None if generation is None else {n: generation[n] for n in SAMPLING if generation.get(n) is not None},
-        _end_tokens(folder / "generation_config.json", generation or {}),
+        None if generation is None else _sampling(path, generation),
+        _end_tokens(path, generation or {}),
     )
 
 
@@ -60,10 +62,18 @@ def _chat_template(folder: Path) -> str | None:
     return found
 
 
+def _sampling(path: Path, generation: Mapping[str, Any]) -> dict[str, float]:
+    found = {name: generation[name] for name in SAMPLING if generation.get(name) is not None}
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise PrinMixError(f"{name} is not a number", where=path, found=value)
+    return found
+
+
 def _end_tokens(path: Path, generation: Mapping[str, Any]) -> frozenset[int]:
     found = generation.get("eos_token_id")
     ids = [] if found is None else found if isinstance(found, list) else [found]
-    if not all(isinstance(token, int) for token in ids):
+    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
         raise PrinMixError(
             "eos_token_id is not a token id", where=path, found=found, expected="an integer or a list of them"
         )
@@ -86,9 +96,13 @@ def _json(path: Path) -> dict[str, Any] | None:
 def _text(path: Path) -> str | None:
     """None where there is no such file."""
     try:
-        stat = path.stat()
-        return _read(path, stat.st_mtime_ns, stat.st_size)
-    except FileNotFoundError:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # reading from a pipe would wait for ever
+            raise PrinMixError("not a file", where=path)
+        return _read(path, found.st_mtime_ns, found.st_size)
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise PrinMixError("the link leads nowhere", where=path) from error
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise PrinMixError("the file cannot be read", where=path, found=error) from error

@@ -1,6 +1,7 @@
 """What a tenant brings besides weights is read as it is now, and a file that is wrong is named."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,9 @@ def test_one_end_token_and_no_sampling(tmp_path: Path) -> None:
         ("generation_config.json", "{", "not a JSON file.*generation_config.json"),
         ("generation_config.json", [1], "not a JSON object"),
         ("generation_config.json", {"eos_token_id": "</s>"}, "eos_token_id is not a token id.*</s>"),
+        ("generation_config.json", {"eos_token_id": [1, True]}, "eos_token_id is not a token id"),
+        ("generation_config.json", {"eos_token_id": -1}, "eos_token_id is not a token id"),
+        ("generation_config.json", {"temperature": "hot"}, "temperature is not a number.*hot"),
         ("tokenizer_config.json", {"chat_template": 5}, "the chat template is not a text"),
     ],
 )
@@ -74,4 +78,16 @@ def test_what_is_wrong_is_named(tmp_path: Path, name: str, content: object, deta
 def test_a_template_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(PrinMixError, match="cannot be read.*chat_template.jinja"):
+        read_settings(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "chat_template.jinja")
+    with pytest.raises(PrinMixError, match="not a file.*chat_template.jinja"):
+        read_settings(tmp_path)
+
+
+def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(PrinMixError, match="the link leads nowhere"):
         read_settings(tmp_path)
