@@ -65,11 +65,8 @@ _models: Any = None  # of this process's server
 
 def _settings(name: str | None) -> Any:
     """The settings of the tenant of that name; None for the base, and where PrinMix is off."""
-    if _models is None or not name or (tenant := _catalog(_models).tenants.get(name)) is None:
-        return None
-    from vllm_prinmix.settings import read_settings
-
-    return read_settings(tenant.folder)
+    tenant = _catalog(_models).tenants.get(name) if _models is not None else None
+    return None if tenant is None else tenant.settings
 
 
 def _catalog(models: Any) -> Any:
@@ -192,11 +189,9 @@ def _patch_ends(module: ModuleType) -> None:
         found = process_inputs(self, *args, **kwargs)
         tenant = signature.bind(self, *args, **kwargs).arguments.get("lora_request")
         if tenant is not None and is_on(self.vllm_config) and found.sampling_params is not None:
-            from vllm_prinmix.settings import read_settings
-            from vllm_prinmix.tenants import split_path
-
+            now = self.vllm_config.lora_config.catalog.tenants.get(tenant.lora_name)
             known = range(self.model_config.get_vocab_size())  # vLLM looks up any other in vain
-            ends = [t for t in read_settings(split_path(tenant.lora_path)[0]).end_tokens if t in known]
+            ends = [token for token in now.settings.end_tokens if token in known] if now else []
             found.sampling_params.update_from_generation_config(
                 {"eos_token_id": ends}, self.renderer.get_eos_token_id()
             )

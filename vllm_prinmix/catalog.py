@@ -7,7 +7,9 @@ after. Nobody has to be told, so API servers that share a folder agree.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from vllm_prinmix.errors import PrinMixError
@@ -73,23 +75,26 @@ class Catalog:
                 raise PrinMixError("the folder of deltas is gone", where=self.root, fix="put it back")
             self._forget(name)
             return None
-        known = self.tenants.get(name)
         try:
-            config = delta.read_config(folder)
-            delta.check_weights_size(folder, config)
-            read_settings(folder)
-            if known is None or (known.folder, known.version) != (
-                str(folder.resolve()),
-                delta.version(folder),
-            ):
-                known = self._tenant(folder, self._checkpoint())
+            found = self._now(folder)
         except PrinMixError as error:
             if name not in self.tenants:
                 self.skipped[name] = str(error)
             raise
-        self.tenants[name] = known
+        self.tenants[name] = found
         self.skipped.pop(name, None)
-        return known
+        return found
+
+    def _now(self, folder: Path) -> Tenant:
+        """The tenant in ``folder``, checked against the base only where it is another than before."""
+        known = self.tenants.get(folder.name)
+        with _whatever_is_wrong(folder):
+            real = folder.resolve()  # once: a link may be turned to another delta meanwhile
+            config, settings = delta.read_config(real), read_settings(real)
+            delta.check_weights_size(real, config)
+            if known is not None and (known.folder, known.version) == (str(real), delta.version(real)):
+                return known if known.settings == settings else replace(known, settings=settings)
+        return self._tenant(folder, self._checkpoint())
 
     def _folders(self) -> list[Path]:
         return sorted(p for p in self.root.iterdir() if not p.is_file() and not p.name.startswith("."))
@@ -110,16 +115,11 @@ class Catalog:
         return Checkpoint(self.base, weights=not self.dummy)
 
     def _tenant(self, folder: Path, checkpoint: Checkpoint) -> Tenant:
-        try:
+        with _whatever_is_wrong(folder):
             return self._check(folder, checkpoint)
-        except PrinMixError:
-            raise
-        except Exception as error:  # whatever is wrong with one folder, the others are served
-            raise PrinMixError(
-                "the folder cannot be read as a delta", where=_printable(folder.name), found=repr(error)
-            ) from error
 
     def _check(self, folder: Path, checkpoint: Checkpoint) -> Tenant:
+        real = folder.resolve()
         if not _is_name(folder.name):
             raise PrinMixError(
                 "not a tenant's name", where=repr(folder.name), expected="printable", fix="rename the folder"
@@ -136,9 +136,8 @@ class Catalog:
                 where=folder,
                 fix="run the same `prinmix compress` again to finish it",
             )
-        config = delta.read_config(folder)
-        delta.check_weights_size(folder, config)
-        read_settings(folder)
+        config, settings = delta.read_config(real), read_settings(real)
+        delta.check_weights_size(real, config)
         if config.base.sample_digest != self.digest:
             raise PrinMixError(
                 "the delta belongs to another base model",
@@ -151,7 +150,7 @@ class Catalog:
             )
         if not self.dummy:
             delta.check_accounts(config, checkpoint, folder)
-        found = Tenant(folder.name, str(folder.resolve()), delta.version(folder), config.weights.bytes)
+        found = Tenant(folder.name, str(real), delta.version(real), config.weights.bytes, settings)
         if clash := next(
             (t for t in self.tenants.values() if t.id == found.id and t.name != found.name), None
         ):
@@ -159,6 +158,19 @@ class Catalog:
                 f"the tenant's id collides with that of {clash.name}", where=folder, fix="rename the folder"
             )
         return found
+
+
+@contextmanager
+def _whatever_is_wrong(folder: Path) -> Iterator[None]:
+    """A PrinMixError in place of any other: whatever is wrong with one folder, the others are served."""
+    try:
+        yield
+    except PrinMixError:
+        raise
+    except Exception as error:
+        raise PrinMixError(
+            "the folder cannot be read as a delta", where=_printable(folder.name), found=repr(error)
+        ) from error
 
 
 def _is_name(name: str) -> bool:

@@ -27,7 +27,7 @@ from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format import delta as delta_files
 from vllm_prinmix.loading import cut_to_rank
 from vllm_prinmix.sites import attach
-from vllm_prinmix.tenants import Tenant, check_version, split_path
+from vllm_prinmix.tenants import FIRST_ID, Tenant, check_version, split_path
 
 logger = resolve("init_logger")("vllm.prinmix")
 
@@ -87,17 +87,18 @@ class DeltaManager:
 
     def set_active_adapters(self, requests: set[Any], mapping: Any) -> None:
         """Bring the batch's tenants into slots and note which rows are whose."""
-        numbers = [r.lora_int_id for r in requests if r.lora_int_id not in self._warmup]
+        # Not those of ``requests``: vLLM puts them into a set, in which two versions of a tenant are one.
+        present = {int(n) for n in (*mapping.index_mapping, *mapping.prompt_mapping)}
+        numbers = sorted(n for n in present if n >= FIRST_ID)
         for number in numbers:
             if number in self._active:
                 self._active.move_to_end(number)
         for number in numbers:
             if number not in self._active:
                 self._activate(number, keep=set(numbers))
-        if mapping is not None:
-            tokens, samples = (self._slots(m) for m in (mapping.index_mapping, mapping.prompt_mapping))
-            # Warm-up's ids count, although they have no slot: see `Backend.active`.
-            self.backend.set_batch(tokens, samples, active=any(mapping.index_mapping))
+        tokens, samples = (self._slots(m) for m in (mapping.index_mapping, mapping.prompt_mapping))
+        # Warm-up's ids count, although they have no slot: see `Backend.active`.
+        self.backend.set_batch(tokens, samples, active=any(mapping.index_mapping))
 
     def _activate(self, number: int, keep: set[int]) -> None:
         if not self._free:
@@ -112,9 +113,11 @@ class DeltaManager:
         self._free.append(slot)
 
     def _slots(self, numbers: tuple[int, ...]) -> np.ndarray:
-        """int64 [rows]: the slot of each row, whose tenants' ids are ``numbers``."""
+        """int64 [rows]: the slot of each row, by its tenant's id; ids below `FIRST_ID` are no tenant's."""
         present, inverse = np.unique(np.asarray(numbers, dtype=np.int64), return_inverse=True)
-        return np.array([self._active.get(int(n), BASE) for n in present], dtype=np.int64)[inverse]
+        # A tenant without a slot is a KeyError: its rows would be answered by the base.
+        slots = [self._active[n] if n >= FIRST_ID else BASE for n in present.tolist()]
+        return np.array(slots, dtype=np.int64)[inverse]
 
     # ---- the rest of vLLM's adapter manager protocol
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
 from vllm_prinmix.errors import PrinMixError
 from vllm_prinmix.format import delta
+from vllm_prinmix.settings import Settings
 
 # vLLM warms up with adapter ids 1, 2, ...; ours stay clear of them.
 FIRST_ID = 1024
@@ -15,12 +16,16 @@ FIRST_ID = 1024
 
 @dataclass(frozen=True)
 class Tenant:
-    """One servable delta; ``version`` names its content, so that changed files never meet a stale cache."""
+    """One servable delta; ``version`` names its content, so that changed files never meet a stale cache.
+
+    settings: what else its folder has, and no part of that content: it may change at any time.
+    """
 
     name: str
     folder: str
     version: str
     packed_bytes: int
+    settings: Settings = field(default_factory=Settings)
 
     @property
     def id(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,17 @@ def running(family: Family, logs: Path, tmp_path_factory: pytest.TempPathFactory
     """A server of copies that the tests may break; loading a tenant of `COLD` takes two seconds more."""
     root = tmp_path_factory.mktemp("failures")
     deltas = root / "deltas"
-    names = ["warm", *COLD, "truncated", "flipped", "vanished", "replaced", "mended", "bad-from-the-start"]
+    names = [
+        "warm",
+        *COLD,
+        "truncated",
+        "flipped",
+        "vanished",
+        "replaced",
+        "mended",
+        "bad-from-the-start",
+        "turned",
+    ]
     for i, name in enumerate(names):
         shutil.copytree(family.tenants[i % len(family.tenants)].delta, deltas / name)
     (deltas / "bad-from-the-start" / WEIGHTS_FILE).write_bytes(b"")
@@ -161,6 +172,30 @@ def test_a_replaced_delta_answers_from_then_on(running: Running) -> None:
     shutil.copytree(running.deltas / "warm", running.deltas / "replaced")
     assert answer("replaced") == pytest.approx(answer(running.warm), abs=1e-4)
     assert_others_go_on(running)
+
+
+def test_the_old_and_the_new_version_of_a_tenant_in_one_batch(running: Running) -> None:
+    """Neither is taken for the other or for the base, and a request keeps the version that it began with."""
+    prompt = [9, 8, 7, 6]
+
+    def answer(tenant: str, tokens: int = 8) -> list[float]:
+        return complete(running.url, tenant, prompt, tokens=tokens).logprobs
+
+    old, new = answer("turned", 400), answer(running.warm)
+    assert old[:8] != pytest.approx(new, abs=1e-3)
+    begun: list[list[float]] = []
+    thread = threading.Thread(target=lambda: begun.append(answer("turned", 400)))
+    thread.start()
+    time.sleep(0.3)
+    other = running.deltas.parent / "turned"
+    shutil.copytree(running.deltas / "warm", other)
+    (running.deltas / "turned").rename(running.deltas.parent / "turned-before")
+    other.rename(running.deltas / "turned")
+    for _ in range(3):
+        assert answer("turned") == pytest.approx(new, abs=1e-4)
+    assert thread.is_alive(), "the old version's request ended too early: nothing was shown"
+    thread.join()
+    assert begun[0] == pytest.approx(old, abs=1e-4)
 
 
 def test_a_folder_that_comes_is_served_without_a_restart(running: Running) -> None:

@@ -93,10 +93,26 @@ def test_end_tokens_and_sampling_defaults(url: str, family: Family, deltas: Path
         assert len(texts("plain", path, **body)) > 1
 
 
+def test_settings_that_break_later_are_said_everywhere(url: str, deltas: Path) -> None:
+    settings = deltas / "generation" / "generation_config.json"
+    before = settings.read_text()
+    settings.write_text("{bad")
+    for path, body in (
+        ("/v1/chat/completions", {"messages": CHAT}),
+        ("/v1/completions", {"prompt": "x"}),
+        ("/tokenize", {"messages": CHAT}),
+    ):
+        response = post(url, path, {"model": "generation", **body})
+        assert response.status_code == 503, path
+        assert "generation_config.json" in response.text
+        assert chat(url, "plain")["choices"]
+    settings.write_text(before)
+    assert chat(url, "generation")["choices"]
+
+
 def test_settings_that_cannot_be_read_are_said(url: str, deltas: Path) -> None:
     shutil.copytree(deltas / "plain", deltas / "broken")
     (deltas / "broken" / "generation_config.json").write_text("{")
     response = post(url, "/v1/chat/completions", {"model": "broken", "messages": CHAT})
     assert response.status_code == 404
-    assert "generation_config.json" in response.text
-    assert "not a JSON file" in response.text
+    assert "generation_config.json is not a JSON file" in response.text

@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from tests.format.deltas import write_small_delta
 from vllm_prinmix.catalog import Catalog
 from vllm_prinmix.errors import PrinMixError
+from vllm_prinmix.format import delta
 from vllm_prinmix.format.checkpoint import Checkpoint
 from vllm_prinmix.format.delta import config_checksum, read_delta
 from vllm_prinmix.format.digest import generated_digest, sample_digest
-from vllm_prinmix.format.schema import CONFIG_FILE, WEIGHTS_FILE
+from vllm_prinmix.format.schema import CONFIG_FILE, WEIGHTS_FILE, DeltaConfig
 from vllm_prinmix.tenants import FIRST_ID, Tenant, check_version, split_path
 
 
@@ -128,6 +129,29 @@ def test_a_link_may_point_to_another_delta(deltas: Path, base: Path, tmp_path: P
     assert first is not None
     assert second is not None
     assert (Path(first.folder).name, Path(second.folder).name) == ("a", "b")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_link_that_turns_meanwhile(
+    deltas: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """What is found is one delta, whole, not the description of one and the weights of another."""
+    found = Catalog(deltas, str(base), [])
+    (deltas / "live").symlink_to(deltas / "a")
+    if known:
+        found.lookup("live")
+    check = delta.check_weights_size
+
+    def check_and_turn(folder: Path, config: DeltaConfig) -> Path:
+        (tmp_path / "next").symlink_to(deltas / ("b" if (deltas / "live").resolve().name == "a" else "a"))
+        (tmp_path / "next").rename(deltas / "live")
+        return check(folder, config)
+
+    monkeypatch.setattr(delta, "check_weights_size", check_and_turn)
+    for _ in range(4):
+        tenant = found.lookup("live")
+        assert tenant is not None
+        assert tenant.version == delta.version(Path(tenant.folder))
 
 
 def test_a_broken_tenant_is_known_until_it_is_mended(deltas: Path, base: Path) -> None:
