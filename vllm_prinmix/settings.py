@@ -116,7 +116,10 @@ def _text(path: Path) -> str | None:
             raise PrinMixError(f"{path.name} is not a file", where=path)
         if found.st_size > LARGEST:
             raise PrinMixError(
-                "too large", where=path, found=found.st_size, expected=f"at most {LARGEST} bytes"
+                f"{path.name} is too large",
+                where=path,
+                found=found.st_size,
+                expected=f"at most {LARGEST} bytes",
             )
         return _read(path, (found.st_dev, found.st_ino, found.st_ctime_ns, found.st_mtime_ns, found.st_size))
     except FileNotFoundError as error:
