@@ -88,8 +88,8 @@ class DeltaManager:
     def set_active_adapters(self, requests: set[Any], mapping: Any) -> None:
         """Bring the batch's tenants into slots and note which rows are whose."""
         # Not those of ``requests``: vLLM puts them into a set, in which two versions of a tenant are one.
-        present = {int(n) for n in (*mapping.index_mapping, *mapping.prompt_mapping)}
-        numbers = sorted(n for n in present if n >= FIRST_ID)
+        present = set(mapping.index_mapping) | set(mapping.prompt_mapping)
+        numbers = sorted(int(n) for n in present if n >= FIRST_ID)
         for number in numbers:
             if number in self._active:
                 self._active.move_to_end(number)
@@ -122,7 +122,7 @@ class DeltaManager:
     # ---- the rest of vLLM's adapter manager protocol
 
     def add_adapter(self, request: Any) -> bool:
-        """vLLM calls this for adapters loaded by hand at run time, which deltas do not support yet."""
+        """vLLM calls this for adapters loaded by hand at run time; tenants come by their folder."""
         if request.lora_int_id in self._host or request.lora_int_id in self._warmup:
             return True
         raise PrinMixError(
